@@ -9,8 +9,7 @@ Two steps, so that the text can come from one machine and the GPU from another:
     python -m adallm.tiny.train prepare DIR     tokenizer and token streams of the running Python's library
     python -m adallm.tiny.train fit DIR         train on them; needs a CUDA GPU
 
-Without a step, both run one after the other. ``compare DIR`` trains the neighbours of the recipe named in
-``ALTERNATIVES``, saves none of them and records their curves: what the choice was made on.
+Without a step, both run one after the other.
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ from adallm import results
 from adallm.tiny import corpus, tokenizer
 
 MODEL_DIRECTORY = Path(__file__).resolve().parent / "model"
+SPLIT_SPACES = 0.02
 _SHARD_SIZE = "12MB"
 
 
@@ -55,12 +55,6 @@ class Recipe:
     weight_decay: float = 0.1
     warmup_steps: int = 100
     seed: int = 0
-
-
-ALTERNATIVES = {
-    "dropout 0.1": Recipe(dropout=0.1),
-    "dropout 0.3": Recipe(dropout=0.3),
-}
 
 
 def model_config(recipe: Recipe) -> Qwen3Config:
@@ -93,6 +87,8 @@ def prepare(directory: Path, recipe: Recipe) -> None:
     for name, documents in splits.items():
         pieces = [np.array([0, *tok.encode(d.text)], dtype=np.uint16) for d in documents]
         streams[name] = np.concatenate(pieces)
+        if name == "train":
+            streams[name] = tokenizer.split_spaces(tok, streams[name], share=SPLIT_SPACES, seed=recipe.seed)
         print(f"corpus: {name}: {len(documents)} files, {len(streams[name])} tokens", flush=True)
     np.savez_compressed(directory / "tokens.npz", **streams)
     description = {name: corpus.describe(documents) for name, documents in splits.items()}
@@ -243,20 +239,20 @@ def _save(model: Qwen3ForCausalLM, directory: Path, out: Path) -> None:
 
 
 def sample(model_directory: Path, prompt: str = "def ", *, tokens: int = 120, seed: int = 0) -> str:
-    """A completion at temperature 0.7, to be read by a person."""
+    """A completion at temperature 0.8, to be read by a person."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tok = AutoTokenizer.from_pretrained(model_directory)
     model = AutoModelForCausalLM.from_pretrained(model_directory)
     torch.manual_seed(seed)
     ids = torch.tensor([[0, *tok.encode(prompt)]])
-    out = model.generate(ids, max_new_tokens=tokens, do_sample=True, temperature=0.7, top_p=0.9, pad_token_id=0)
+    out = model.generate(ids, max_new_tokens=tokens, do_sample=True, temperature=0.8, top_p=0.95, pad_token_id=0)
     return tok.decode(out[0, 1:])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m adallm.tiny.train", description=__doc__.splitlines()[0])
-    parser.add_argument("step", nargs="?", choices=("prepare", "fit", "compare"), help="one step only; default: both")
+    parser.add_argument("step", nargs="?", choices=("prepare", "fit"), help="one step only; default: both")
     parser.add_argument("directory", nargs="?", type=Path, default=Path(".cache/tiny"), help="working directory")
     parser.add_argument("--out", type=Path, default=MODEL_DIRECTORY, help="where the trained model goes")
     parser.add_argument("--results", type=Path, default=None, help="where the record goes")
@@ -274,17 +270,11 @@ def main() -> None:
         raise SystemExit("training needs a CUDA GPU; the bundled model itself works without")
     extra = {"corpus": json.loads((directory / "corpus.json").read_text())}
     provenance = results.provenance(seed=recipe.seed)
-    if step == "compare":
-        rows = [
-            {"recipe": name, **row} for name, other in ALTERNATIVES.items() for row in fit(directory, other, out=None)
-        ]
-        path = results.write("tiny_recipes", rows, provenance=provenance, root=arguments["results"], **extra)
-    else:
-        rows = fit(directory, recipe, out=arguments["out"])
-        text = sample(arguments["out"])
-        print(text)
-        extra |= {"recipe": dataclasses.asdict(recipe), "sample": text}
-        path = results.write("tiny_training", rows, provenance=provenance, root=arguments["results"], **extra)
+    rows = fit(directory, recipe, out=arguments["out"])
+    text = sample(arguments["out"])
+    print(text)
+    extra |= {"recipe": dataclasses.asdict(recipe), "sample": text}
+    path = results.write("tiny_training", rows, provenance=provenance, root=arguments["results"], **extra)
     print(f"record: {path}")
 
 
