@@ -1,7 +1,8 @@
 """Records: one JSON file per experiment and machine, with its provenance.
 
 ``results/<experiment>/<slug>.json`` holds ``{"experiment", "provenance", "rows"}``. Rows are flat, so that a record
-is one ``pandas.DataFrame(record["rows"])`` away from a table. Git keeps the past; the tree keeps one current file per slug.
+is one ``pandas.DataFrame(record["rows"])`` away from a table. Git keeps the past; the tree keeps one current file
+per slug.
 """
 
 from __future__ import annotations

@@ -43,8 +43,8 @@ class Document:
 
 def topic(path: str) -> str:
     """The name that decides a file's split: both ``json/decoder.py`` and ``test/test_json/test_decoder.py`` give
-    ``decoder``. ``__init__.py`` and ``__main__.py`` take the name of their package; ``encodings``, a family of generated tables, is
-    one topic.
+    ``decoder``. ``__init__.py`` and ``__main__.py`` take the name of their package; ``encodings``, a family of
+    generated tables, is one topic.
     """
     if path.startswith("encodings/"):
         return "encodings"

@@ -31,7 +31,6 @@ from adallm import results
 from adallm.tiny import corpus, tokenizer
 
 MODEL_DIRECTORY = Path(__file__).resolve().parent / "model"
-SPLIT_SPACES = 0.02
 _SHARD_SIZE = "12MB"
 
 
@@ -87,8 +86,6 @@ def prepare(directory: Path, recipe: Recipe) -> None:
     for name, documents in splits.items():
         pieces = [np.array([0, *tok.encode(d.text)], dtype=np.uint16) for d in documents]
         streams[name] = np.concatenate(pieces)
-        if name == "train":
-            streams[name] = tokenizer.split_spaces(tok, streams[name], share=SPLIT_SPACES, seed=recipe.seed)
         print(f"corpus: {name}: {len(documents)} files, {len(streams[name])} tokens", flush=True)
     np.savez_compressed(directory / "tokens.npz", **streams)
     description = {name: corpus.describe(documents) for name, documents in splits.items()}
@@ -245,9 +242,9 @@ def sample(model_directory: Path, prompt: str = "def ", *, tokens: int = 120, se
     tok = AutoTokenizer.from_pretrained(model_directory)
     model = AutoModelForCausalLM.from_pretrained(model_directory)
     torch.manual_seed(seed)
-    ids = torch.tensor([[0, *tok.encode(prompt)]])
+    ids = torch.tensor([tok.encode(prompt)])
     out = model.generate(ids, max_new_tokens=tokens, do_sample=True, temperature=0.8, top_p=0.95, pad_token_id=0)
-    return tok.decode(out[0, 1:])
+    return tok.decode(out[0])
 
 
 def main() -> None:
