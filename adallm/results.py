@@ -70,14 +70,15 @@ def _version(*distributions: str) -> str | None:
 
 
 def _command() -> str:
-    """The command line, with paths below the current directory written relative to it."""
+    """The command line; absolute paths relative to the current directory, or their last part outside of it."""
 
     def short(word: str) -> str:
         path = Path(word)
-        return os.path.relpath(word) if path.is_absolute() and path.is_relative_to(Path.cwd()) else word
+        if not path.is_absolute():
+            return word
+        return os.path.relpath(word) if path.is_relative_to(Path.cwd()) else path.name
 
-    program, *rest = sys.orig_argv
-    return shlex.join([Path(program).name, *map(short, rest)])
+    return shlex.join(map(short, sys.orig_argv))
 
 
 def provenance(*, seed: int | None = None, gpu: bool = True) -> dict[str, Any]:

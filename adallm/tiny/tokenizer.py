@@ -8,7 +8,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
-# A space belongs to what precedes it ("def ", "= "): a prompt that ends in a space is then cut as the training text was.
+# A space belongs to what precedes it ("def ", "= "), so that a prompt ending in a space is cut as training text is.
 _PIECES = r"[.(]?[\p{L}_]+ ?|\p{N}{1,3} ?|\n[\n ]*|[^\s\p{L}\p{N}_]+ ?|\s+"
 
 
