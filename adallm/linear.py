@@ -6,7 +6,6 @@ first rounded to E4M3 with one FP32 scale for a token; the product of the rounde
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from adallm import fp8
@@ -18,9 +17,9 @@ ACTIVATIONS = ("bf16", "fp8")
 class ReferenceLinear(nn.Module):
     """``y = x @ w.T + bias`` in FP32 arithmetic, for weights in any format.
 
-    ``forward`` takes ``[..., K]`` in bfloat16, float16 or float32 and returns ``[..., N]`` of the same dtype. Subclasses
-    say what the weight is; this class holds the arithmetic that all formats share, so that two formats differ in their
-    weights and activations alone.
+    ``forward`` takes ``[..., K]`` in bfloat16, float16 or float32 and returns ``[..., N]`` of the same dtype.
+    Subclasses say what the weight is; this class holds the arithmetic that all formats share, so that two formats
+    differ in their weights and activations alone.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: Tensor | None, activations: str) -> None:

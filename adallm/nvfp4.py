@@ -9,15 +9,21 @@ Two producers of checkpoints compute the same formula in different arithmetic, a
 ========================  =================================  ================================================
 step                      ``layout="modelopt"``              ``layout="compressed-tensors"``
 ========================  =================================  ================================================
-global scale              g = amax / 2688, FP32              d = 2688 / amax in the input's dtype; divides
+global scale              g = amax / 2688, FP32              d = (1 / amax) * 2688 in the input's dtype, 1 if
+                                                             that overflows; divides
 block scale               E4M3(block amax / (6 g))           E4M3(d * (block amax / 6)), the bracket in the
                                                              input's dtype
-block scale that is 0     1 if block amax is 0, else kept    0.125
+block scale that is 0     1 if it is 0 in FP32, else kept    0.125
 code                      E2M1(x / (scale * g))              E2M1(x / (scale / d))
 ========================  =================================  ================================================
 
+A kept block scale of 0 makes the quotients infinite, or NaN where x is 0: codes 7 and 15, which dequantize to 0.
+
 Both round -0.0 to code 0 and this reference keeps the sign (code 8): it is the only way that quantizing a dequantized
 tensor gives the same bytes again, since code 8 dequantizes to -0.0.
+
+The bytes are those that the producer writes on the same device. Torch divides by a Python number exactly on a CPU and
+by way of the reciprocal on CUDA, so ``amax / 2688`` and ``block amax / 6`` can differ between the two by one step.
 
 Sources: NVIDIA ModelOpt ``NVFP4QTensor``; compressed-tensors ``calculate_qparams``, ``generate_gparam`` and
 ``NVFP4PackedCompressor``.
@@ -31,14 +37,14 @@ import torch
 from torch import Tensor
 
 from adallm.formats import E2M1_MAX, E2M1_VALUES, E4M3_MAX, NVFP4_BLOCK, NVFP4_RANGE
+from adallm.rows import finite_amax, row_pieces, row_slices
 
 LAYOUTS = ("modelopt", "compressed-tensors")
 SCALE_RULES = ("max",)
 INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-# Elements converted at a time: small enough for the temporaries to stay in the cache.
-_CHUNK = 1 << 18
-_COMPRESSED_TENSORS_ZERO_SCALE = 0.125
+# 0.125 in E4M3.
+_COMPRESSED_TENSORS_ZERO_SCALE = 0x20
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +55,8 @@ class NVFP4Tensor:
         packed: uint8 ``[..., K/2]``, two E2M1 codes a byte, the even column in the low nibble.
         scale: float8_e4m3fn ``[..., K/16]``, one for a block of 16.
         global_scale: float32, ``[]`` or one for a row (``packed.shape[:-1]``), a multiplier.
-        divisor: float32 like ``global_scale`` or None: the FP32 number that a compressed-tensors file stores and divides
-            by. Its reciprocal is not always an FP32 number, so it is kept, and ``dequantize`` divides by it as
+        divisor: float32 like ``global_scale`` or None: the number that a compressed-tensors file stores and divides by.
+            Its reciprocal is not always an FP32 number, so it is kept, and ``dequantize`` divides by it as
             compressed-tensors does; ``global_scale`` is its rounded reciprocal.
         columns: K before padding, None when K was a multiple of 16.
     """
@@ -132,21 +138,24 @@ def unpack(packed: Tensor) -> Tensor:
 def encode_e2m1(x: Tensor) -> Tensor:
     """The E2M1 code nearest to each value, ties to the even code, saturating at +-6; the sign of zero is kept.
 
+    ``code = round(min(2a, a + 2, a / 2 + 4)) + 8 * signbit`` with ``a = min(|x|, 6)``: the three lines are the grid
+    below 2, from 2 to 4 and from 4 to 6, and rounding to even in codes is what the format asks for.
+
     Args:
-        x: floating point, any shape. NaN, which only a block scale of 0 can produce, gives code 7.
+        x: bfloat16, float16 or float32, any shape. NaN, which only a block scale of 0 produces, gives code 7.
 
     Returns:
         uint8 codes 0..15 of the same shape.
     """
+    x = x.float().nan_to_num(nan=E2M1_MAX).clamp_(-E2M1_MAX, E2M1_MAX)
     magnitude = x.abs()
-    code = torch.zeros(x.shape, dtype=torch.uint8, device=x.device)
-    # Midpoints of the grid; a tie goes up where the upper code is the even one.
-    for midpoint, tie_goes_up in ((0.25, 0), (0.75, 1), (1.25, 0), (1.75, 1), (2.5, 0), (3.5, 1), (5.0, 0)):
-        code += magnitude >= midpoint if tie_goes_up else magnitude > midpoint
-    nan = magnitude.isnan()
-    return torch.where(nan, 7, code | (torch.signbit(x) & ~nan).to(torch.uint8) << 3)
+    # Rounded before the (even) offset is added: the sum itself could round to a tie.
+    code = torch.minimum((magnitude * 2).round_(), magnitude.round().add_(2))
+    code = torch.minimum(code, (magnitude / 2).round_().add_(4))
+    return code.add_(4).sub_(torch.copysign(torch.tensor(4.0, device=x.device), x)).to(torch.uint8)
 
 
+@torch.no_grad()
 def quantize(
     x: Tensor,
     *,
@@ -157,114 +166,96 @@ def quantize(
 ) -> NVFP4Tensor:
     """``scale = E4M3(block amax / 6 / g)``, ``code = E2M1(x / (scale * g))`` with ``g = amax / (6 * 448)``.
 
-    Works through the rows in chunks: beside input and output it needs a few MB.
+    Works through the rows in pieces: beside input and output it needs a few MB.
 
     Args:
         x: ``[..., K]``, bfloat16, float16 or float32, contiguous or not.
         scale_rule: how block scales are chosen; ``"max"`` maps each block's amax to 6.
         global_scale: multiplier to use in place of amax / 2688, a float or a float32 tensor, ``[]`` or one for a row.
+            Blocks beyond 2688 times it saturate.
         layout: whose arithmetic to reproduce, ``"modelopt"`` or ``"compressed-tensors"`` (the table above).
         pad: append zeros up to a multiple of 16 columns; ``dequantize`` removes them.
 
     Raises:
         ValueError: a dtype, rule or layout that is not supported; K not a multiple of 16 without ``pad``; a NaN or
-            infinity, with its index; all zeros, which leave the global scale undefined unless it is given.
+            infinity, with its index; no element or all zeros, which leave the global scale undefined unless it is
+            given; a global scale that is not a positive FP32 number.
     """
     _check_arguments(x, scale_rule, layout, pad)
-    amax = _finite_amax(x)
-    divisor = None
-    if global_scale is not None:
-        global_scale = _given_global_scale(global_scale, x)
-        divisor = global_scale.reciprocal() if layout == "compressed-tensors" else None
-    elif amax == 0:
-        raise ValueError(
-            f"x {list(x.shape)} is all zeros: amax is 0 and the global scale undefined; pass global_scale, or leave "
-            "the tensor unquantized"
-        )
-    elif layout == "modelopt":
-        global_scale = amax.float() / NVFP4_RANGE
-        if global_scale == 0:
-            raise ValueError(f"x {list(x.shape)} has amax {float(amax)}: amax / 2688 is not an FP32 number but 0")
-    else:
-        # compressed-tensors divides in the input's dtype and takes 1 where that overflows.
-        divisor = torch.nan_to_num(NVFP4_RANGE / amax, posinf=1.0).float()
-        global_scale = divisor.reciprocal()
+    amax = finite_amax(x) if x.numel() else None
+    global_scale, divisor = _global_scale(x, amax, global_scale, layout)
 
     columns = x.shape[-1]
-    padded = -(-columns // NVFP4_BLOCK) * NVFP4_BLOCK
-    rows = x.numel() // columns
-    packed = torch.empty(rows, padded // 2, dtype=torch.uint8, device=x.device)
-    scale = torch.empty(rows, padded // NVFP4_BLOCK, dtype=torch.float8_e4m3fn, device=x.device)
-    for first, block in _row_chunks(x, columns):
-        part = slice(first, first + block.shape[0])
-        if padded != columns:
-            block = torch.nn.functional.pad(block, (0, padded - columns))
-        block = block.unflatten(-1, (-1, NVFP4_BLOCK))
-        g = global_scale if global_scale.dim() == 0 else global_scale.reshape(-1, 1)[part]
-        d = divisor if divisor is None or divisor.dim() == 0 else divisor.reshape(-1, 1)[part]
-        scale[part] = _block_scale(block, g, d)
-        codes = encode_e2m1(block / _step(scale[part], g, d).unsqueeze(-1))
-        packed[part] = _pack(codes.flatten(-2))
+    padding = -columns % NVFP4_BLOCK
+    blocks = (columns + padding) // NVFP4_BLOCK
+    rows = x.shape[:-1].numel()
+    packed = torch.empty(rows, blocks * NVFP4_BLOCK // 2, dtype=torch.uint8, device=x.device)
+    scale = torch.empty(rows, blocks, dtype=torch.float8_e4m3fn, device=x.device)
+    for part, piece in row_pieces(x):
+        piece = piece.float()
+        if padding:
+            piece = torch.nn.functional.pad(piece, (0, padding))
+        g, d = _of_rows(global_scale, part), _of_rows(divisor, part)
+        scale[part] = _block_scale(piece, x.dtype, g, d)
+        packed[part] = _pack(_codes(piece.unflatten(-1, (blocks, NVFP4_BLOCK)), _step(scale[part], g, d)).flatten(-2))
     return NVFP4Tensor(
-        packed.view(*x.shape[:-1], -1),
-        scale.view(*x.shape[:-1], -1),
+        packed.view(*x.shape[:-1], packed.shape[-1]),
+        scale.view(*x.shape[:-1], blocks),
         global_scale,
         divisor,
-        columns if padded != columns else None,
+        columns if padding else None,
     )
 
 
 def dequantize(t: NVFP4Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """``e2m1 * (scale * global_scale)`` in FP32 (``e2m1 * (scale / divisor)`` where there is a divisor), then ``dtype``.
+    """``e2m1 * (scale * global_scale)`` in FP32, or ``e2m1 * (scale / divisor)`` with a divisor, rounded to ``dtype``.
 
     Returns:
         ``[..., K]`` of ``dtype``, without padding columns.
+
+    Raises:
+        ValueError: ``dtype`` is not floating point.
     """
-    columns = t.packed.shape[-1] * 2
-    rows = t.packed.numel() * 2 // max(columns, 1)
-    pairs = torch.tensor(
-        [[E2M1_VALUES[byte & 15], E2M1_VALUES[byte >> 4]] for byte in range(256)], device=t.packed.device
-    )
-    packed, scale = t.packed.reshape(rows, -1), t.scale.reshape(rows, -1)
-    out = torch.empty(rows, columns, dtype=dtype, device=t.packed.device)
-    step_rows = max(_CHUNK // max(columns, 1), 1)
-    for first in range(0, rows, step_rows):
-        part = slice(first, first + step_rows)
-        g = t.global_scale if t.global_scale.dim() == 0 else t.global_scale.reshape(-1, 1)[part]
-        d = t.divisor if t.divisor is None or t.divisor.dim() == 0 else t.divisor.reshape(-1, 1)[part]
-        values = pairs[packed[part].int()].flatten(-2).unflatten(-1, (-1, NVFP4_BLOCK))
-        values *= _step(scale[part], g, d).unsqueeze(-1)
-        out[part] = values.flatten(-2)
-    return out.view(*t.packed.shape[:-1], columns)[..., : t.columns or columns].contiguous()
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype is {dtype}; it must be floating point")
+    *batch, columns = t.shape
+    packed, scale = (part.reshape(-1, max(part.shape[-1], 1)) for part in (t.packed, t.scale))
+    pairs = torch.tensor([[E2M1_VALUES[byte & 15], E2M1_VALUES[byte >> 4]] for byte in range(256)]).to(packed.device)
+    out = torch.empty(packed.shape[0], columns, dtype=dtype, device=packed.device)
+    for part in row_slices(packed.shape[0], columns, packed.device):
+        values = pairs.index_select(0, packed[part].flatten().int()).view(-1, scale.shape[-1], NVFP4_BLOCK)
+        values *= _step(scale[part], _of_rows(t.global_scale, part), _of_rows(t.divisor, part)).unsqueeze(-1)
+        out[part] = values.flatten(-2)[:, :columns]
+    return out.view(*batch, columns)
 
 
-def _block_scale(block: Tensor, global_scale: Tensor, divisor: Tensor | None) -> Tensor:
-    amax = block.abs().amax(-1)
+def _block_scale(piece: Tensor, dtype: torch.dtype, global_scale: Tensor, divisor: Tensor | None) -> Tensor:
+    # The pooling is a maximum over each block, several times faster here than amax over a short last dimension.
+    amax = torch.nn.functional.max_pool1d(piece.abs(), NVFP4_BLOCK)
     if divisor is None:
-        scale = amax.float() / (E2M1_MAX * global_scale)
-        scale = torch.where(scale == 0, 1.0, scale).clamp(max=E4M3_MAX)
-        return scale.to(torch.float8_e4m3fn)
-    scale = ((amax / E2M1_MAX).float() * divisor).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)
-    zero = torch.tensor(_COMPRESSED_TENSORS_ZERO_SCALE, device=block.device).to(torch.float8_e4m3fn)
-    return torch.where(scale.float() == 0, zero.view(torch.uint8), scale.view(torch.uint8)).view(torch.float8_e4m3fn)
+        scale = amax / (E2M1_MAX * global_scale)
+        return torch.where(scale == 0, 1.0, scale).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)
+    scale = ((amax.to(dtype) / E2M1_MAX).float() * divisor).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)
+    # Not torch.where on E4M3: that dtype has few operations.
+    scale.view(torch.uint8)[scale.view(torch.uint8) == 0] = _COMPRESSED_TENSORS_ZERO_SCALE
+    return scale
+
+
+def _codes(block: Tensor, step: Tensor) -> Tensor:
+    quotient = block / step.unsqueeze(-1)
+    if bool((step >= 2).any()):
+        # Only such a step takes a subnormal number to -0.0. The producers code that 0; a -0.0 in the input stays 8.
+        quotient = torch.where((quotient == 0) & (block != 0), 0.0, quotient)
+    return encode_e2m1(quotient)
 
 
 def _step(scale: Tensor, global_scale: Tensor, divisor: Tensor | None) -> Tensor:
     return scale.float() * global_scale if divisor is None else scale.float() / divisor
 
 
-def _row_chunks(x: Tensor, columns: int):
-    """Yield (first row, rows ``[n, K]``) of ``x`` seen as a matrix, without a contiguous copy of the whole."""
-    if x.dim() <= 2:
-        x = x.reshape(-1, columns)
-        step = max(_CHUNK // max(columns, 1), 1)
-        for first in range(0, x.shape[0], step):
-            yield first, x[first : first + step]
-        return
-    rows = x[0].numel() // max(columns, 1)
-    for i in range(x.shape[0]):
-        for first, block in _row_chunks(x[i], columns):
-            yield i * rows + first, block
+def _of_rows(value: Tensor | None, rows: slice) -> Tensor | None:
+    """The part of a scale, ``[]`` or one for a row, that belongs to ``rows``, so that it broadcasts over blocks."""
+    return value if value is None or value.dim() == 0 else value.reshape(-1, 1)[rows]
 
 
 def _check_arguments(x: Tensor, scale_rule: str, layout: str, pad: bool) -> None:
@@ -274,32 +265,36 @@ def _check_arguments(x: Tensor, scale_rule: str, layout: str, pad: bool) -> None
         raise ValueError(f"scale_rule {scale_rule!r}; supported: {', '.join(SCALE_RULES)}")
     if layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r}; supported: {', '.join(LAYOUTS)}")
-    if x.dim() < 1 or x.numel() == 0:
-        raise ValueError(f"x has shape {list(x.shape)}; it must be [..., K] and not empty")
+    if x.dim() < 1 or x.shape[-1] == 0:
+        raise ValueError(f"x has shape {list(x.shape)}; it must be [..., K] with K at least 1")
     if x.shape[-1] % NVFP4_BLOCK and not pad:
+        raise ValueError(f"x has {x.shape[-1]} columns, not a multiple of {NVFP4_BLOCK}; pass pad=True to append zeros")
+
+
+def _global_scale(
+    x: Tensor, amax: Tensor | None, given: Tensor | float | None, layout: str
+) -> tuple[Tensor, Tensor | None]:
+    """The multiplier and, for compressed-tensors, the divisor."""
+    if given is not None:
+        value = torch.as_tensor(given, dtype=torch.float32, device=x.device)
+        if value.shape not in ((), x.shape[:-1]):
+            raise ValueError(
+                f"global_scale is {list(value.shape)}; it must be [] or {list(x.shape[:-1])}, one for a row"
+            )
+        divisor = value.reciprocal() if layout == "compressed-tensors" else None
+        if not all(bool((torch.isfinite(v) & (v > 0)).all()) for v in (value, divisor) if v is not None):
+            raise ValueError("global_scale, and its reciprocal for compressed-tensors, must be positive and finite")
+        return value, divisor
+    if amax is None or amax == 0:
+        what = "is all zeros: amax is 0" if x.numel() else "has no element: amax is undefined"
         raise ValueError(
-            f"x has {x.shape[-1]} columns, not a multiple of {NVFP4_BLOCK}; pass pad=True to append zeros"
+            f"x {list(x.shape)} {what} and so is the global scale; pass global_scale, or leave the tensor unquantized"
         )
-
-
-def _finite_amax(x: Tensor) -> Tensor:
-    low, high = torch.aminmax(x)
-    amax = torch.maximum(-low, high)
-    if not torch.isfinite(amax):
-        for first, block in _row_chunks(x, x.shape[-1]):
-            bad = (~torch.isfinite(block)).nonzero()
-            if len(bad):
-                row, column = int(bad[0, 0]), int(bad[0, 1])
-                index = [*map(int, torch.unravel_index(torch.tensor(first + row), x.shape[:-1] or (1,))), column]
-                index = index[-x.dim() :]
-                raise ValueError(f"x{index} is {float(block[row, column])}; every value must be finite")
-    return amax
-
-
-def _given_global_scale(value: Tensor | float, x: Tensor) -> Tensor:
-    value = torch.as_tensor(value, dtype=torch.float32, device=x.device)
-    if value.shape not in ((), x.shape[:-1]):
-        raise ValueError(f"global_scale is {list(value.shape)}; it must be [] or {list(x.shape[:-1])}, one for a row")
-    if not bool(torch.isfinite(value).all() and (value > 0).all()):
-        raise ValueError("global_scale must be positive and finite")
-    return value
+    if layout == "compressed-tensors":
+        # Its division is in the dtype of the input, and 1 stands in where that overflows.
+        divisor = torch.nan_to_num(NVFP4_RANGE / amax, posinf=1.0).float()
+        return divisor.reciprocal(), divisor
+    value = amax.float() / NVFP4_RANGE
+    if value == 0:
+        raise ValueError(f"x {list(x.shape)} has amax {float(amax)}: amax / 2688 underflows to 0 in FP32")
+    return value, None

@@ -78,7 +78,8 @@ def _command() -> str:
             return word
         return os.path.relpath(word) if path.is_relative_to(Path.cwd()) else path.name
 
-    return shlex.join(map(short, sys.orig_argv))
+    program, *rest = sys.orig_argv
+    return shlex.join([Path(program).name, *map(short, rest)])
 
 
 def provenance(*, seed: int | None = None, gpu: bool = True) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from adallm import results
 from adallm.tiny import corpus, tokenizer
@@ -235,16 +235,14 @@ def _save(model: Qwen3ForCausalLM, directory: Path, out: Path) -> None:
         shutil.copy(file, out)
 
 
-def sample(model_directory: Path, prompt: str = "def ", *, tokens: int = 120, seed: int = 0) -> str:
-    """A completion at temperature 0.8, to be read by a person."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tok = AutoTokenizer.from_pretrained(model_directory)
-    model = AutoModelForCausalLM.from_pretrained(model_directory)
+def sample(directory: Path, prompt: str = "def ", *, tokens: int = 120, temperature: float = 0.8, seed: int = 0) -> str:
+    """A completion, to be read by a person; the likeliest one at temperature 0."""
+    tok = AutoTokenizer.from_pretrained(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     torch.manual_seed(seed)
     ids = torch.tensor([tok.encode(prompt)])
-    out = model.generate(ids, max_new_tokens=tokens, do_sample=True, temperature=0.8, top_p=0.95, pad_token_id=0)
-    return tok.decode(out[0])
+    drawn = {"do_sample": True, "temperature": temperature, "top_p": 0.95} if temperature else {"do_sample": False}
+    return tok.decode(model.generate(ids, max_new_tokens=tokens, pad_token_id=0, **drawn)[0])
 
 
 def main() -> None:

@@ -1,0 +1,149 @@
+"""Turn a directory into an NVFP4 one: quantize a dense directory, or store an NVFP4 one in the other layout."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from adallm.checkpoint.directory import Directory
+from adallm.checkpoint.emit import quantization_configs
+from adallm.checkpoint.exact import pack_originals
+from adallm.checkpoint.header import open_tensors
+from adallm.checkpoint.names import Patterns, split
+from adallm.checkpoint.opened import open_checkpoint
+from adallm.checkpoint.quantization import MODELOPT
+from adallm.checkpoint.quantize import QuantizePlan
+from adallm.checkpoint.relayout import RelayoutPlan
+from adallm.checkpoint.writer import DirectoryWriter, check_absent
+from adallm.nvfp4 import LAYOUTS
+
+DEFAULT_IGNORE = ("lm_head",)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What ``convert`` did: where the result is, how many weights are NVFP4, and tensor bytes before and after."""
+
+    path: Path
+    layout: str
+    quantized: int
+    source_bytes: int
+    nbytes: int
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    layout: str = MODELOPT,
+    scale_rule: str = "max",
+    ignore: Iterable[str] = DEFAULT_IGNORE,
+    kv_cache: str | None = None,
+    share_scales: bool = True,
+    progress: bool = False,
+) -> Conversion:
+    """``dst`` = ``src`` in NVFP4: a BF16, FP16 or FP32 directory is quantized, an NVFP4 one changes its layout.
+
+    Quantized are the 2-D weights of linear layers: no embeddings, norms, biases, convolutions or routers. They are
+    quantized one file at a time with the arithmetic of the layout's producer; FP16 weights in FP32, because
+    compressed-tensors' ``2688 / amax`` overflows in FP16. Files keep their names. A change of layout is lossless: there
+    and back gives every tensor byte for byte.
+
+    Args:
+        src: a directory that ``load`` reads.
+        dst: must not exist; appears only when it is whole.
+        layout: ``"modelopt"`` or ``"compressed-tensors"``.
+        scale_rule: how ``nvfp4.quantize`` chooses block scales.
+        ignore: patterns of modules that stay dense: names, shell patterns, or ``re:`` and a regular expression; see
+            ``names.Patterns``. A name stands for the modules inside it too.
+        kv_cache: ``"fp8"`` declares an FP8 KV cache with scales of 1.0; None leaves it as the source has it.
+        share_scales: one global scale for q, k, v and one for gate and up, from the largest of them, as ModelOpt and
+            llm-compressor write: vLLM runs them as one matrix with one global scale.
+        progress: show a bar on stderr.
+
+    Raises:
+        CheckpointError: the source is damaged or contradicts itself; a weight cannot be quantized (its columns are no
+            multiple of 16, it is all zeros or not finite), naming the file and the tensor.
+        ValueError: an option that is not supported, or that means nothing for a source that is NVFP4 already.
+        FileExistsError: ``dst`` exists.
+        OSError: not enough disk space.
+    """
+    if isinstance(ignore, str):
+        raise ValueError(f"ignore is the string {ignore!r}; it must be a sequence of patterns")
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout {layout!r}; supported: {', '.join(LAYOUTS)}")
+    if kv_cache not in (None, "fp8"):
+        raise ValueError(f"kv_cache {kv_cache!r}; supported: fp8, None")
+    patterns = Patterns(ignore)
+    check_absent(Path(dst))
+    checkpoint = open_checkpoint(src)
+    plan: QuantizePlan | RelayoutPlan
+    if checkpoint.quantization is None:
+        plan = QuantizePlan(checkpoint, layout, scale_rule, patterns, kv_cache, share_scales)
+        _warn(checkpoint.directory, patterns)
+    else:
+        if scale_rule != "max" or patterns.patterns != DEFAULT_IGNORE:
+            raise ValueError(f"{src} is quantized already: scale_rule and ignore mean nothing for a change of layout")
+        plan = RelayoutPlan(checkpoint, layout, kv_cache)
+    quantized = sum(scheme.format == "nvfp4" for scheme in plan.schemes.values())
+    if not quantized:
+        raise ValueError(f"{src} has no linear layer that would be NVFP4")
+    nbytes = _write(checkpoint.directory, plan, Path(dst), layout, progress)
+    source_bytes = sum(header.nbytes for header in checkpoint.directory.headers.values())
+    return Conversion(Path(dst), layout, quantized, source_bytes, nbytes)
+
+
+def _write(directory: Directory, plan: QuantizePlan | RelayoutPlan, dst: Path, layout: str, progress: bool) -> int:
+    config, hf_quant_config = _configs(directory, plan, layout)
+    written = 0
+    with (
+        DirectoryWriter(dst, nbytes=plan.nbytes) as writer,
+        tqdm(total=plan.work, unit="B", unit_scale=True, desc=dst.name, disable=not progress) as bar,
+    ):
+        plan.prepare(bar.update)
+        for name, header in directory.headers.items():
+            # Bound anew for each file before anything is read: the tensors of one file at a time are in memory.
+            tensors: dict[str, Tensor] = {}
+            originals: dict[str, Tensor] = {}
+            with open_tensors(header) as file:
+                for stored, entry in header.tensors.items():
+                    for new, value, original in plan.convert(stored, file.get_tensor(stored)):
+                        tensors[new] = value
+                        if original is not None:
+                            originals[new] = original
+                    bar.update(entry.nbytes)
+            writer.add_shard(name, tensors, pack_originals(originals))
+            written += sum(tensor.nbytes for tensor in tensors.values())
+        if directory.indexed:
+            writer.add_index()
+        writer.copy_companions(directory.path)
+        writer.add_configs(config, hf_quant_config)
+    return written
+
+
+def _configs(
+    directory: Directory, plan: QuantizePlan | RelayoutPlan, layout: str
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    quantization, hf_quant_config = quantization_configs(layout, plan.schemes, plan.dense, plan.kv_cache)
+    config = copy.deepcopy(directory.config)
+    if isinstance(config.get("text_config"), dict):
+        config["text_config"].pop("quantization_config", None)
+    config["quantization_config"] = quantization
+    return config, hf_quant_config
+
+
+def _warn(directory: Directory, patterns: Patterns) -> None:
+    modules = {split(name)[0] for name in directory.files}
+    for pattern in patterns.patterns:
+        # A tied model has no lm_head, and the default pattern is not the caller's mistake.
+        if pattern not in DEFAULT_IGNORE and not any(Patterns([pattern]).match(module) for module in modules):
+            warnings.warn(f"ignore pattern {pattern!r} matches no module of {directory.path}", stacklevel=3)
+    if "auto_map" in directory.config:
+        warnings.warn(f"{directory.path} uses code of its own (auto_map); *.py files are not copied", stacklevel=3)
