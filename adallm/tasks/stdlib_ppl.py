@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import datasets
@@ -13,7 +12,6 @@ from adallm.tiny import corpus
 MAX_CHARACTERS = 32_768
 
 
-@cache
 def documents() -> list[corpus.Document]:
     """Held-out library modules, test suites left out: some Python installations come without them."""
     return [

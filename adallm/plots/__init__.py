@@ -1,0 +1,33 @@
+"""Records drawn as figures: one style, SVG and PNG, the source of the numbers under each figure.
+
+Figure functions take a record, rows or plain arrays and return a ``matplotlib.figure.Figure``; ``show`` saves it and
+gives a notebook the very PNG that was saved. ``style`` holds what they share, ``training``, ``weights`` and
+``evaluation`` the figures.
+"""
+
+from adallm.plots.evaluation import loss_by_bits, perplexity, published
+from adallm.plots.style import COLORS, HATCHES, STYLE, TITLES, save, show, source_of, table
+from adallm.plots.training import recipes, training_curve
+from adallm.plots.weights import block, block_sizes, grids, scale_formats, sqnr, sqnr_by_layer
+
+__all__ = [
+    "COLORS",
+    "HATCHES",
+    "STYLE",
+    "TITLES",
+    "block",
+    "block_sizes",
+    "grids",
+    "loss_by_bits",
+    "perplexity",
+    "published",
+    "recipes",
+    "save",
+    "scale_formats",
+    "show",
+    "source_of",
+    "sqnr",
+    "sqnr_by_layer",
+    "table",
+    "training_curve",
+]

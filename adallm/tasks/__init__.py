@@ -1,0 +1,1 @@
+"""Task files for lm-eval, and the Python that they name."""
