@@ -5,7 +5,7 @@ gives a notebook the very PNG that was saved. ``style`` holds what they share, `
 ``evaluation`` the figures.
 """
 
-from adallm.plots.evaluation import loss_by_bits, perplexity, published
+from adallm.plots.evaluation import divergence, loss_by_bits, perplexity, published
 from adallm.plots.style import COLORS, HATCHES, STYLE, TITLES, save, show, source_of, table
 from adallm.plots.training import recipes, training_curve
 from adallm.plots.weights import block, block_sizes, grids, scale_formats, sqnr, sqnr_by_layer
@@ -17,6 +17,7 @@ __all__ = [
     "TITLES",
     "block",
     "block_sizes",
+    "divergence",
     "grids",
     "loss_by_bits",
     "perplexity",

@@ -8,7 +8,7 @@ from typing import Any
 
 import matplotlib
 
-from adallm.plots.style import COLORS, STYLE, look, new_figure, write_source
+from adallm.plots.style import COLORS, HATCHES, STYLE, look, new_figure, write_source
 
 
 def perplexity(record: Mapping[str, Any], *, task: str = "stdlib_ppl") -> Any:
@@ -60,6 +60,36 @@ def loss_by_bits(record: Mapping[str, Any], *, task: str = "stdlib_ppl") -> Any:
         axes.set_ylabel(f"bits per byte above {base['title']}\n(bars: 2 paired standard errors)")
         axes.set_title(f"What the bits buy: {base['model']} on {task}")
         figure.legend(loc="outside right center", ncols=1, handlelength=1)
+        write_source(figure, record)
+    return figure
+
+
+def divergence(record: Mapping[str, Any]) -> Any:
+    """Kullback-Leibler divergence from the first format by format, a bar for each text."""
+    texts = list(dict.fromkeys(row["text"] for row in record["rows"]))
+    formats = list(dict.fromkeys(row["format"] for row in record["rows"]))[1:]
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_figure()
+        height = 0.8 / len(texts)
+        for i, text in enumerate(texts):
+            of = {row["format"]: row for row in record["rows"] if row["text"] == text}
+            drawn = axes.barh(
+                [group + (i - (len(texts) - 1) / 2) * height for group in range(len(formats))],
+                [of[name]["kl"] for name in formats],
+                height,
+                color=COLORS[i],
+                hatch=HATCHES[i],
+                edgecolor="white",
+                label=f"{text} text, {of[formats[0]]['tokens']:,} tokens",
+            )
+            axes.bar_label(drawn, fmt="%.4f", fontsize=7, padding=3)
+        axes.set_yticks(range(len(formats)), [of[name]["title"] for name in formats])
+        axes.invert_yaxis()
+        axes.margins(x=0.12)
+        axes.grid(axis="y", visible=False)
+        axes.set_xlabel(f"divergence from {record['rows'][0]['title']}, nats a token")
+        axes.set_title("How far each format moves the predictions of the bundled model")
+        figure.legend(loc="outside upper right", ncols=len(texts))
         write_source(figure, record)
     return figure
 
