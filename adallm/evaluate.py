@@ -38,7 +38,19 @@ DEFAULT_TASK = "stdlib_ppl"
 DEFAULT_FORMATS = ("bf16", "fp8", "nvfp4", "nvfp4-w4a8", "nvfp4-fp8kv", "mxfp4", "int4-g128")
 BACKENDS = ("hf", "vllm")
 # The code that a measurement depends on: a change in any of it makes the cache miss.
-_MEASURED_WITH = tuple("formats rows nvfp4 fp8 baselines linear checkpoint hf_model lm evaluate tasks".split())
+_MEASURED_WITH = (
+    "formats",
+    "rows",
+    "nvfp4",
+    "fp8",
+    "baselines",
+    "linear",
+    "checkpoint",
+    "hf_model",
+    "lm",
+    "evaluate",
+    "tasks",
+)
 _WEIGHT_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model"]
 
 

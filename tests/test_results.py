@@ -2,8 +2,10 @@
 
 import json
 import math
+import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -82,6 +84,30 @@ def test_a_copy_without_git_takes_the_commit_from_the_environment(monkeypatch):
     monkeypatch.setenv("ADALLM_COMMIT", "abc-dirty")
     provenance = results.provenance()
     assert (provenance["commit"], provenance["dirty"]) == ("abc", True)
+
+
+def test_results_go_where_the_environment_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("ADALLM_RESULTS", str(tmp_path / "here"))
+    assert results.default_root() == tmp_path / "here"
+    monkeypatch.delenv("ADALLM_RESULTS")
+    assert results.default_root().name == "results"
+
+
+def test_find_gives_the_only_row_with_these_fields():
+    record = {"experiment": "e", "rows": [{"a": 1, "b": 2}, {"a": 1, "b": 3}]}
+    assert results.find(record, b=3) == {"a": 1, "b": 3}
+    for fields, count in (({"a": 1}, 2), ({"a": 2}, 0), ({"c": 0}, 0)):
+        with pytest.raises(ValueError, match=f"^{count} rows of record 'e'"):
+            results.find(record, **fields)
+
+
+def test_environment_names_versions_and_hardware_and_nothing_else():
+    lines = results.environment().splitlines()
+    assert [line.split()[0] for line in lines[:2]] == ["AdaLLM", "torch"]
+    assert platform.python_version() in lines[0]
+    assert "CPU cores" in lines[2]
+    assert "GPU: " in lines[2]
+    assert not any(word in results.environment() for word in (platform.node(), str(Path.home())) if len(word) > 3)
 
 
 def test_every_committed_record_can_be_read():

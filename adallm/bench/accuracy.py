@@ -194,6 +194,7 @@ def _rows(
     source: str, shape: Sequence[int | None], parts: Sequence[Sequence[tuple[float, float]]], schemes: Sequence[Scheme]
 ) -> list[dict[str, Any]]:
     errors = [_ratio([part[i] for part in parts]) for i in range(len(schemes))]
+    of_max = errors[0][0]
     return [
         {
             "source": source,
@@ -208,7 +209,7 @@ def _rows(
             "rel_sq_err": _rounded(error),
             "stderr": None if stderr is None else _rounded(stderr),
             "sqnr_db": round(-10 * math.log10(error), 4) if error else None,
-            "vs_max": _rounded(error / errors[0][0]),
+            "vs_max": _rounded(error / of_max) if of_max else None,
         }
         for scheme, (error, stderr) in zip(schemes, errors, strict=True)
     ]

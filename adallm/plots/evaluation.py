@@ -56,7 +56,7 @@ def loss_by_bits(record: Mapping[str, Any], *, task: str = "stdlib_ppl") -> Any:
                 x, row["delta"], error, color=color, marker=marker, markersize=7, capsize=3, label=row["title"]
             )
         axes.axhline(0, color="#333333", linewidth=0.8)
-        axes.set_xlabel("stored bits a weight, block scales included (equal ones drawn side by side)")
+        axes.set_xlabel("stored bits a weight with block scales (equal ones side by side)")
         axes.set_ylabel(f"bits per byte above {base['title']}\n(bars: 2 paired standard errors)")
         axes.set_title(f"What the bits buy: {base['model']} on {task}")
         figure.legend(loc="outside right center", ncols=1, handlelength=1)
