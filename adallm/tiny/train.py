@@ -1,8 +1,8 @@
 """Train the bundled model: ``python -m adallm.tiny.train``, or ``make model``.
 
 A Qwen3 of ten million weights on the source of the standard library (``corpus.py``), trained in BF16 autocast with
-Muon for the matrices and AdamW for the rest, the learning rate falling linearly to zero. The recipe's constants were
-chosen on the validation split; the held-out split is measured for the record and decides nothing.
+Muon for the matrices and AdamW for the rest, the learning rate falling linearly to zero. Context,
+dropout and epochs were chosen on the validation split (``results/tiny_recipes``); the held-out split decides nothing.
 
 Two steps, so that the text can come from one machine and the GPU from another:
 
