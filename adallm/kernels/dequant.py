@@ -1,0 +1,190 @@
+"""From stored words and scales to the operand A of a tensor-core product, in registers.
+
+All shapes here are ``[S, R, C, g 8, t 4, kk 4, .., .., ..]``: S slices of K, R tiles of 16 rows, C tiles of 64 columns,
+and the last three the eight codes of a word (``layout.py``). A word is broadcast over them, and the assembly turns its
+eight copies, which share one register, into the eight values. Their order is that of the registers of a fragment, which
+spares every exchange between threads: ``(kh, rh, kl)`` for 16 bits and ``(rh, kh, kl)`` for 8.
+
+``FAST`` off computes the same values with integer and FP32 arithmetic, for Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from adallm.kernels.layout import MAGNITUDE_BIT, SIGN_BIT
+
+
+def _rotate(destination: str, left: int) -> str:
+    left %= 32
+    return f"shf.l.wrap.b32 {destination}, $w, $w, {left};" if left else f"mov.b32 {destination}, $w;"
+
+
+def _pair(out: str, j: int, magnitude_bit: int) -> str:
+    """``out`` = two 16-bit floats, sign at bit 15, magnitude from ``magnitude_bit`` up, of pair j of the word."""
+    sign, magnitude = 15 - SIGN_BIT[j], magnitude_bit - MAGNITUDE_BIT[j]
+    mask = 7 << magnitude_bit
+    if sign == magnitude:
+        return _rotate(out, sign) + f" and.b32 {out}, {out}, {(0x8000 | mask) * 0x10001:#010x};"
+    return (
+        _rotate("a", sign)
+        + f" and.b32 a, a, 0x80008000; {_rotate(out, magnitude)}"
+        + f" and.b32 {out}, {out}, {mask * 0x10001:#010x}; or.b32 {out}, {out}, a;"
+    )
+
+
+def _asm_16(kind: str, magnitude_bit: int) -> str:
+    """Eight copies of a word and of the scales of its values -> eight products, order (kh, rh, kl)."""
+    body = []
+    for j in range(4):
+        body.append(_pair(f"${j}", j, magnitude_bit))
+        body.append(f"fma.rn.{kind} ${j}, ${j}, ${12 + 2 * (j % 2)}, z;")
+    return "{ .reg .b32 a, z; mov.b32 z, 0x80008000;\n" + "\n".join(body).replace("$w", "$4") + " }"
+
+
+def _asm_8() -> str:
+    """Eight copies of a word and of the FP16 scales of its values -> eight E4M3 products, order (rh, kh, kl)."""
+    body = []
+    for rh in range(2):
+        for kh in range(2):
+            body.append(_pair("p", 2 * kh + rh, _FP16_BIT))
+            body.append(f"mul.rn.f16x2 p, p, ${10 + 4 * rh}; cvt.rn.satfinite.e4m3x2.f16x2 b{kh}, p;")
+        body.append(f"mov.b32 ${rh}, {{b0, b1}};")
+    return "{ .reg .b32 a, p; .reg .b16 b0, b1;\n" + "\n".join(body).replace("$w", "$2") + " }"
+
+
+# Lowest bit of the magnitude: its top two bits are the lowest of the exponent, 8 mantissa bits in BF16 and 10 in FP16.
+_BF16_BIT, _FP16_BIT = 6, 9
+
+_INPUTS = ",r" * 16
+ASM_BF16 = tl.constexpr(_asm_16("bf16x2", _BF16_BIT))
+ASM_FP16 = tl.constexpr(_asm_16("f16x2", _FP16_BIT))
+ASM_FP8 = tl.constexpr(_asm_8())
+_OUT_16 = tl.constexpr("=&r,=&r,=&r,=&r" + _INPUTS)
+_OUT_8 = tl.constexpr("=&r,=&r" + _INPUTS)
+
+# Two E4M3 bytes as BF16 stand for s * 2^-120, and times 2^127 * 2^111 for s * 2^118, which meets the 2^-126 of the codes.
+# As FP16 they stand for s * 2^-8, and times 2^15 for s * 2^7, which meets 2^-14. fma, since sm_89 has no mul.bf16x2.
+ASM_SCALE_BF16 = tl.constexpr(
+    "{ .reg .b32 a, b, z; mov.b32 z, 0x80008000; mov.b32 a, 0x7F007F00; mov.b32 b, 0x77007700;\n"
+    "fma.rn.bf16x2 a, $1, a, z; fma.rn.bf16x2 $0, a, b, z; }"
+)
+ASM_SCALE_FP16 = tl.constexpr("{ .reg .b32 a; mov.b32 a, 0x78007800; mul.rn.f16x2 $0, $1, a; }")
+
+# What the values are too small by: a power of two for the epilogue.
+BF16_EXPONENT = tl.constexpr(8)
+FP16_EXPONENT = tl.constexpr(7)
+
+_SIGN_BITS = tl.constexpr(sum(bit << 4 * j for j, bit in enumerate(SIGN_BIT)))
+_MAGNITUDE_BITS = tl.constexpr(sum(bit << 4 * j for j, bit in enumerate(MAGNITUDE_BIT)))
+
+
+@triton.jit
+def _kk():
+    """Index of the 16 columns in a tile, along axis 5 of nine."""
+    return tl.reshape(tl.arange(0, 4), [1, 1, 1, 1, 1, 4, 1, 1, 1])
+
+
+@triton.jit
+def _kk_scales(words, KIND: tl.constexpr):
+    """Scale words ``[.., g, 1, 1, ..]`` -> for each kk, the scale twice in 16-bit floats (``[.., g, 1, kk, ..]``)."""
+    if KIND == "bf16":
+        even = tl.inline_asm_elementwise(
+            ASM_SCALE_BF16, "=r,r", [(words << 4) & 0x0FF00FF0], dtype=tl.int32, is_pure=True, pack=1
+        )
+        odd = tl.inline_asm_elementwise(
+            ASM_SCALE_BF16, "=r,r", [(words >> 4) & 0x0FF00FF0], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        even = tl.inline_asm_elementwise(
+            ASM_SCALE_FP16, "=r,r", [(words << 7) & 0x7F807F80], dtype=tl.int32, is_pure=True, pack=1
+        )
+        odd = tl.inline_asm_elementwise(
+            ASM_SCALE_FP16, "=r,r", [(words >> 1) & 0x7F807F80], dtype=tl.int32, is_pure=True, pack=1
+        )
+    kk = _kk()
+    two = tl.where(kk % 2 == 0, even, odd)
+    low = tl.inline_asm_elementwise(
+        "{ .reg .b16 a, b; mov.b32 {a, b}, $1; mov.b32 $0, {a, a}; }", "=r,r", [two], dtype=tl.int32, is_pure=True, pack=1
+    )
+    high = tl.inline_asm_elementwise(
+        "{ .reg .b16 a, b; mov.b32 {a, b}, $1; mov.b32 $0, {b, b}; }", "=r,r", [two], dtype=tl.int32, is_pure=True, pack=1
+    )
+    return tl.where(kk < 2, low, high)
+
+
+@triton.jit
+def round_e4m3(x):
+    """``E4M3(x)`` in FP32, to nearest, ties to even, for ``|x|`` up to 448."""
+    exponent = ((x.to(tl.int32, bitcast=True) >> 23) & 0xFF) - 127
+    step = ((tl.maximum(exponent, -6) - 3 + 127) << 23).to(tl.float32, bitcast=True)
+    # Adding and subtracting 1.5 * 2^23 rounds to an integer, ties to even.
+    return ((x / step + 12582912.0) - 12582912.0) * step
+
+
+@triton.jit
+def _slow(words, scales, j, KIND: tl.constexpr):
+    half = words >> (16 * tl.reshape(tl.arange(0, 2), [1, 1, 1, 1, 1, 1, 1, 1, 2]))
+    sign = (half >> (((j * 0 + _SIGN_BITS) >> (4 * j)) & 15)) & 1
+    code = (half >> (((j * 0 + _MAGNITUDE_BITS) >> (4 * j)) & 15)) & 7
+    exponent, mantissa = code >> 1, code & 1
+    magnitude = tl.where(exponent == 0, mantissa, (2 + mantissa) << tl.maximum(exponent - 1, 0)).to(tl.float32) * 0.5
+    byte = (scales >> (8 * _kk())) & 0xFF
+    exponent, mantissa = byte >> 3, byte & 7
+    scale = tl.where(exponent == 0, mantissa, (8 + mantissa) << tl.maximum(exponent - 1, 0)).to(tl.float32) * (1.0 / 512)
+    value = tl.where(sign == 1, -magnitude, magnitude) * scale
+    return value * (1.0 / 256 if KIND == "bf16" else 1.0 / 128)
+
+
+@triton.jit
+def operand(words, scales, S: tl.constexpr, R: tl.constexpr, C: tl.constexpr, KIND: tl.constexpr, FAST: tl.constexpr):
+    """The stored tiles as operand A, ``[S, 16 R, 64 C]``: ``e2m1 * scale * 2^-8`` in BF16, ``* 2^-7`` in FP16 (both
+    exact) or ``E4M3(e2m1 * scale * 2^-7)``; in FP32 if not ``FAST``.
+
+    Args:
+        words: int32, ``S R C 128`` elements in stored order.
+        scales: int32, ``S R C 16`` elements in stored order.
+        KIND: ``"bf16"``, ``"fp16"`` or ``"fp8"``.
+    """
+    words = tl.broadcast_to(tl.reshape(words, [S, R, C, 8, 4, 4, 1, 1, 1]), [S, R, C, 8, 4, 4, 2, 2, 2])
+    if KIND == "fp8":  # (rh, kh, kl)
+        scales = tl.reshape(scales, [S, R, C, 8, 1, 1, 2, 1, 1])
+    else:  # (kh, rh, kl)
+        scales = tl.reshape(scales, [S, R, C, 8, 1, 1, 1, 2, 1])
+    if FAST:
+        scales = tl.broadcast_to(_kk_scales(scales, KIND), [S, R, C, 8, 4, 4, 2, 2, 2])
+        if KIND == "bf16":
+            values = tl.inline_asm_elementwise(
+                ASM_BF16, _OUT_16, [words, scales], dtype=tl.bfloat16, is_pure=True, pack=8
+            )
+        elif KIND == "fp16":
+            values = tl.inline_asm_elementwise(
+                ASM_FP16, _OUT_16, [words, scales], dtype=tl.float16, is_pure=True, pack=8
+            )
+        else:
+            values = tl.inline_asm_elementwise(
+                ASM_FP8, _OUT_8, [words, scales], dtype=tl.float8e4nv, is_pure=True, pack=8
+            )
+    elif KIND == "fp8":
+        pair = 2 * tl.reshape(tl.arange(0, 2), [1, 1, 1, 1, 1, 1, 1, 2, 1])
+        pair += tl.reshape(tl.arange(0, 2), [1, 1, 1, 1, 1, 1, 2, 1, 1])
+        values = round_e4m3(_slow(words, scales, pair, KIND))
+    else:
+        pair = tl.reshape(tl.arange(0, 4), [1, 1, 1, 1, 1, 1, 2, 2, 1])
+        values = _slow(words, scales, pair, KIND)
+    if KIND == "fp8":  # columns (kk, t, kh, kl): the order of FP8_COLUMNS
+        values = tl.permute(values, [0, 1, 6, 3, 2, 5, 4, 7, 8])
+    else:  # columns (kk, kh, t, kl)
+        values = tl.permute(values, [0, 1, 7, 3, 2, 5, 6, 4, 8])
+    return tl.reshape(values, [S, R * 16, C * 64])
+
+
+@triton.jit
+def to_dtype(x, dtype: tl.constexpr, FAST: tl.constexpr):
+    """FP32 to the output's dtype. The interpreter truncates to BF16, so that there it is rounded by hand."""
+    if FAST or dtype != tl.bfloat16:
+        return x.to(dtype)
+    bits = x.to(tl.int32, bitcast=True)
+    rounded = bits + 0x7FFF + ((bits >> 16) & 1)
+    return (tl.where(x == x, rounded, bits | 0x400000) & -65536).to(tl.float32, bitcast=True).to(dtype)

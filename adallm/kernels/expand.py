@@ -1,0 +1,71 @@
+"""The whole weight in 16 or 8 bits, for a library's matrix product: ``[N, K]`` from stored words and scales.
+
+16 bits: ``e2m1 * scale``, exact; the global scale stays outside. E4M3: ``E4M3(e2m1 * scale * 2^shift * 2^-7)``, columns
+in ``FP8_COLUMNS`` order, to be multiplied by ``row_scale * 2^7``: the values that ``matmul.py`` multiplies by.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from adallm.kernels.dequant import operand, to_dtype
+
+_R, _C, _WARPS = 4, 2, 4
+
+
+@triton.jit
+def nvfp4_expand(
+    words,
+    scales,
+    shift,
+    out,
+    N,
+    K,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    KIND: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    chunks = tl.cdiv(K, 64)
+    first = tl.program_id(1) * C
+    tile = tl.program_id(0) * R + tl.arange(0, R)
+    in_n = (tile < tl.cdiv(N, 16))[:, None]
+    i = tl.arange(0, C * 16)
+    scale = tl.load(
+        scales + (tile.to(tl.int64)[:, None] * chunks + first) * 16 + i[None, :],
+        mask=in_n & (first + i // 16 < chunks)[None, :],
+        other=0,
+    )
+    i = tl.arange(0, C * 128)
+    word = tl.load(
+        words + (tile.to(tl.int64)[:, None] * chunks + first) * 128 + i[None, :],
+        mask=in_n & (first + i // 128 < chunks)[None, :],
+        other=0,
+    )
+    values = tl.reshape(operand(word, scale, 1, R, C, KIND, FAST), [R * 16, C * 64])
+    n = tl.program_id(0) * (R * 16) + tl.arange(0, R * 16)
+    k = first * 64 + tl.arange(0, C * 64)
+    if KIND != "fp8":
+        power: tl.constexpr = 8 if KIND == "bf16" else 7
+        exponent = power - tl.load(shift + n, mask=n < N, other=0).to(tl.int32)
+        factor = ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+        values = to_dtype(values.to(tl.float32) * factor[:, None], out.dtype.element_ty, FAST)
+    tl.store(
+        out + n.to(tl.int64)[:, None] * K + k[None, :],
+        values.to(out.dtype.element_ty),
+        mask=(n < N)[:, None] & (k < K)[None, :],
+    )
+
+
+def expand(words: Tensor, scales: Tensor, shift: Tensor, n: int, k: int, dtype: torch.dtype) -> Tensor:
+    """``[n, k]`` of ``dtype``: bfloat16, float16 or float8_e4m3fn."""
+    out = torch.empty(n, k, dtype=dtype, device=words.device)
+    kind = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float8_e4m3fn: "fp8"}[dtype]
+    grid = (triton.cdiv(words.shape[0], _R), triton.cdiv(words.shape[1], _C))
+    nvfp4_expand[grid](
+        words, scales, shift, out, n, k, R=_R, C=_C, KIND=kind, FAST=words.is_cuda, num_warps=_WARPS
+    )
+    return out

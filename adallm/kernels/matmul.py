@@ -1,0 +1,230 @@
+"""``out[m, n] = row_scale[n] * x_scale[m] * sum_k x[m, k] * w[n, k] + bias[n]`` from 4-bit weights.
+
+The product is computed transposed: the weight is operand A of the tensor core, expanded in registers, so that one
+thread's loads and its fragment are the same 16 bytes and nothing is exchanged between threads; ``x`` is operand B.
+
+One kernel, two shapes. With ``SLICES`` above 1 each warp has its own slice of K and the warps' sums meet once, at the
+end: for few tokens, when a block should read much of few rows. With ``SLICES = 1`` the warps share a tile: for many
+tokens. ``SPLITS`` blocks can share an output tile along K; each writes FP32 sums to a workspace, and the one that comes
+last adds them in order, so that the result does not depend on who that was.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from adallm.kernels.dequant import BF16_EXPONENT, FP16_EXPONENT, operand, to_dtype
+from adallm.kernels.layout import TILE_K, TILE_N
+
+
+@dataclass(frozen=True)
+class Config:
+    """A launch: tile and parallelism.
+
+    Attributes:
+        n: rows of the weight in a block, a multiple of 16.
+        m: tokens in a block, a power of two from 8 up.
+        k: columns in a step of a slice, a multiple of 64.
+        slices: slices of K in a block, one for each warp, or 1.
+        splits: blocks that share an output tile along K.
+        warps: warps in a block; equal to ``slices`` where that is above 1.
+        stages: steps in flight.
+    """
+
+    n: int
+    m: int
+    k: int
+    slices: int
+    splits: int
+    warps: int
+    stages: int
+
+
+@triton.jit
+def nvfp4_matmul(
+    x,
+    words,
+    scales,
+    row_scale,
+    x_scale,
+    bias,
+    out,
+    partial,
+    arrivals,
+    M,
+    N,
+    K,
+    x_stride,
+    out_stride,
+    R: tl.constexpr,
+    BM: tl.constexpr,
+    C: tl.constexpr,
+    SLICES: tl.constexpr,
+    SPLITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    KIND: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    n_tiles = tl.cdiv(N, 16)
+    chunks = tl.cdiv(K, 64)
+    n_blocks = tl.cdiv(n_tiles, R)
+    pid, split = tl.program_id(0), tl.program_id(1)
+    # Neighbours share tokens, and GROUP neighbours' weights stay in L2 for the next tokens.
+    m_blocks = tl.cdiv(M, BM)
+    group = pid // (GROUP * m_blocks)
+    width = tl.minimum(n_blocks - group * GROUP, GROUP)
+    inside = pid - group * GROUP * m_blocks
+    block_n = group * GROUP + inside % width
+    block_m = inside // width
+
+    tile = block_n * R + tl.arange(0, R)
+    m = block_m * BM + tl.arange(0, BM)
+    steps = tl.cdiv(chunks, SLICES * C)
+    per_split = tl.cdiv(steps, SPLITS)
+    first = split * per_split
+    last = tl.minimum(first + per_split, steps)
+
+    if SLICES == 1:
+        chunk = (tl.arange(0, C * 128) // 128)[None, :]
+        chunk_s = (tl.arange(0, C * 16) // 16)[None, :]
+        column = tl.arange(0, C * 64)[:, None]
+        words += tile[:, None] * (chunks * 128) + tl.arange(0, C * 128)[None, :]
+        scales += tile[:, None] * (chunks * 16) + tl.arange(0, C * 16)[None, :]
+        x += m[None, :].to(tl.int64) * x_stride + column
+        acc = tl.zeros([R * 16, BM], dtype=tl.float32)
+        in_n = (tile < n_tiles)[:, None]
+        in_m = (m < M)[None, :]
+    else:
+        slice_ = tl.arange(0, SLICES)
+        chunk = (slice_[:, None] * C + (tl.arange(0, C * 128) // 128)[None, :])[:, None, :]
+        chunk_s = (slice_[:, None] * C + (tl.arange(0, C * 16) // 16)[None, :])[:, None, :]
+        column = (slice_[:, None] * (C * 64) + tl.arange(0, C * 64)[None, :])[:, :, None]
+        words += (tile[None, :, None] * chunks + slice_[:, None, None] * C) * 128 + tl.arange(0, C * 128)[None, None, :]
+        scales += (tile[None, :, None] * chunks + slice_[:, None, None] * C) * 16 + tl.arange(0, C * 16)[None, None, :]
+        x += m[None, None, :].to(tl.int64) * x_stride + column
+        acc = tl.zeros([SLICES, R * 16, BM], dtype=tl.float32)
+        in_n = (tile < n_tiles)[None, :, None]
+        in_m = (m < M)[None, None, :]
+    words += first * (SLICES * C * 128)
+    scales += first * (SLICES * C * 16)
+    x += first * (SLICES * C * 64)
+
+    for step in range(first, last):
+        if EVEN_K:
+            tokens = tl.load(x, mask=in_m, other=0.0)
+            scale = tl.load(scales, mask=in_n, other=0)
+            word = tl.load(words, mask=in_n, other=0)
+        else:
+            left = chunks - step * (SLICES * C)
+            tokens = tl.load(x, mask=in_m & (column < K - step * (SLICES * C * 64)), other=0.0)
+            scale = tl.load(scales, mask=in_n & (chunk_s < left), other=0)
+            word = tl.load(words, mask=in_n & (chunk < left), other=0)
+        words += SLICES * C * 128
+        scales += SLICES * C * 16
+        x += SLICES * C * 64
+        weight = operand(word, scale, SLICES, R, C, KIND, FAST)
+        if SLICES == 1:
+            weight = tl.reshape(weight, [R * 16, C * 64])
+        if FAST:
+            acc = tl.dot(weight, tokens, acc)
+        else:
+            acc = tl.dot(weight, tokens.to(tl.float32), acc, input_precision="ieee")
+    if SLICES > 1:
+        acc = tl.sum(acc, axis=0)
+
+    n = block_n * (R * 16) + tl.arange(0, R * 16)
+    in_n = n < N
+    inside = in_n[:, None] & (m < M)[None, :]
+    done = True
+    if SPLITS > 1:
+        at = m[None, :].to(tl.int64) * N + n[:, None]
+        tl.store(partial + split * M.to(tl.int64) * N + at, acc, mask=inside)
+        tl.debug_barrier()
+        before = tl.atomic_add(arrivals + pid, 1, sem="acq_rel")
+        done = before == SPLITS - 1
+        if done:
+            acc = tl.zeros([R * 16, BM], dtype=tl.float32)
+            for i in range(0, SPLITS):
+                acc += tl.load(partial + i * M.to(tl.int64) * N + at, mask=inside, other=0.0, cache_modifier=".cg")
+            tl.store(arrivals + pid, 0)
+    if done:
+        power: tl.constexpr = 256.0 if KIND == "bf16" else 128.0
+        acc *= (tl.load(row_scale + n, mask=in_n, other=0.0) * power)[:, None]
+        if KIND == "fp8":
+            acc *= tl.load(x_scale + m, mask=m < M, other=0.0)[None, :]
+        if bias is not None:
+            acc += tl.load(bias + n, mask=in_n, other=0.0).to(tl.float32)[:, None]
+        at = m[None, :].to(tl.int64) * out_stride + n[:, None]
+        tl.store(out + at, to_dtype(acc, out.dtype.element_ty, FAST), mask=inside)
+
+
+KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float8_e4m3fn: "fp8"}
+GROUP = 8
+
+
+def blocks(config: Config, m: int, n: int) -> int:
+    """Output tiles, each with a counter of its own where ``splits`` is above 1."""
+    return triton.cdiv(triton.cdiv(n, TILE_N), config.n // TILE_N) * triton.cdiv(m, config.m)
+
+
+def launch(
+    x: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    row_scale: Tensor,
+    out: Tensor,
+    config: Config,
+    *,
+    x_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    arrivals: Tensor | None = None,
+) -> None:
+    """``out = x @ w.T`` (+ bias), with the arguments checked by the caller.
+
+    Args:
+        x: ``[M, K]``, stride 1 along K: bfloat16, float16, or float8_e4m3fn with columns in ``FP8_COLUMNS`` order.
+        words, scales, row_scale: as ``layout.from_checkpoint`` makes them.
+        out: ``[M, N]`` bfloat16 or float16, stride 1 along N.
+        x_scale: float32 ``[M]``, with float8_e4m3fn.
+        arrivals: int32, at least ``blocks(config, M, N)`` zeros, where ``config.splits`` is above 1; zero again after.
+    """
+    m, k = x.shape
+    n = out.shape[1]
+    step = config.slices * config.k
+    fast = x.is_cuda
+    partial = None
+    if config.splits > 1:
+        partial = torch.empty(config.splits * m * n, dtype=torch.float32, device=x.device)
+    nvfp4_matmul[(blocks(config, m, n), config.splits)](
+        x,
+        words,
+        scales,
+        row_scale,
+        x_scale,
+        bias,
+        out,
+        partial,
+        arrivals,
+        m,
+        n,
+        k,
+        x.stride(0),
+        out.stride(0),
+        R=config.n // TILE_N,
+        BM=config.m,
+        C=config.k // TILE_K,
+        SLICES=config.slices,
+        SPLITS=config.splits,
+        GROUP=GROUP,
+        EVEN_K=k % step == 0,
+        KIND=KINDS[x.dtype],
+        FAST=fast,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )

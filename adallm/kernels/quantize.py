@@ -1,0 +1,92 @@
+"""Per-token FP8 activations in one pass: ``scale = max |y| / 448`` (1 where that is 0), ``data = E4M3(y / scale)``.
+
+``y`` is ``x`` itself, ``x * rsqrt(mean(x^2) + eps) * weight`` (RMSNorm), or ``silu(x[:K]) * x[K:]``, in FP32 and never
+rounded in between. The columns of ``data`` are written in ``FP8_COLUMNS`` order, which the kernels multiply by.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from adallm.kernels.dequant import round_e4m3
+
+
+@triton.jit
+def fp8_tokens(
+    x,
+    weight,
+    data,
+    scale,
+    K,
+    x_stride,
+    eps,
+    BLOCK: tl.constexpr,
+    INPUT: tl.constexpr,
+    ORDERED: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, BLOCK)
+    inside = k < K
+    y = tl.load(x + row * x_stride + k, mask=inside, other=0.0).to(tl.float32)
+    if INPUT == "rms_norm":
+        y = y * tl.math.rsqrt(tl.sum(y * y) / K + eps)
+        y = y * tl.load(weight + k, mask=inside, other=0.0).to(tl.float32)
+    elif INPUT == "silu_and_mul":
+        y = y / (1 + tl.exp(-y))
+        y = y * tl.load(x + row * x_stride + K + k, mask=inside, other=0.0).to(tl.float32)
+    s = tl.math.div_rn(tl.max(tl.abs(y)), 448.0)
+    s = tl.where(s == 0, 1.0, s)
+    tl.store(scale + row, s)
+    y = tl.math.div_rn(y, s)
+    if not FAST:
+        y = round_e4m3(y)
+    y = y.to(data.dtype.element_ty)
+    if not ORDERED:
+        # (kh, t, kl) -> (t, kh, kl)
+        y = tl.reshape(tl.permute(tl.reshape(y, [BLOCK // 16, 2, 4, 2]), [0, 2, 1, 3]), [BLOCK])
+    tl.store(data + row * K + k, y, mask=inside)
+
+
+def quantize_tokens(
+    x: Tensor,
+    *,
+    weight: Tensor | None = None,
+    eps: float = 1e-6,
+    gated: bool = False,
+    ordered: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """E4M3 data ``[M, K]`` and float32 scales ``[M]`` of ``x`` ``[M, K]``, of its RMSNorm, or of ``silu(a) * b``.
+
+    Args:
+        x: bfloat16, float16 or float32, stride 1 along K; ``[M, 2 K]`` where ``gated``. K is a multiple of 16.
+        weight: ``[K]`` of the RMSNorm, with ``eps``.
+        gated: SiLU of the first half times the second.
+        ordered: write the columns in their own order, as the reference does.
+    """
+    m, k = x.shape
+    if gated:
+        k //= 2
+    data = torch.empty(m, k, dtype=torch.float8_e4m3fn, device=x.device)
+    scale = torch.empty(m, dtype=torch.float32, device=x.device)
+    if not m:
+        return data, scale
+    block = triton.next_power_of_2(k)
+    fp8_tokens[(m,)](
+        x,
+        weight,
+        data,
+        scale,
+        k,
+        x.stride(0),
+        eps,
+        BLOCK=block,
+        INPUT="silu_and_mul" if gated else "none" if weight is None else "rms_norm",
+        ORDERED=ordered,
+        FAST=x.is_cuda,
+        num_warps=min(max(block // 512, 1), 16),
+    )
+    return data, scale
