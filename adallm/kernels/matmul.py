@@ -5,7 +5,7 @@ thread's loads and its fragment are the same 16 bytes and nothing is exchanged b
 
 One kernel, two shapes. With ``SLICES`` above 1 each warp has its own slice of K and the warps' sums meet once, at the
 end: for few tokens, when a block should read much of few rows. With ``SLICES = 1`` the warps share a tile: for many
-tokens. ``SPLITS`` blocks can share an output tile along K; each writes FP32 sums to a workspace, and the one that comes
+tokens. Several blocks (``splits``) can share an output tile along K; each writes FP32 sums to a workspace, and the one that comes
 last adds them in order, so that the result does not depend on who that was.
 """
 
@@ -45,7 +45,7 @@ class Config:
     stages: int
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "splits"])
 def nvfp4_matmul(
     x,
     words,
@@ -61,11 +61,12 @@ def nvfp4_matmul(
     K,
     x_stride,
     out_stride,
+    splits,
     R: tl.constexpr,
     BM: tl.constexpr,
     C: tl.constexpr,
     SLICES: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     GROUP: tl.constexpr,
     EVEN_K: tl.constexpr,
     KIND: tl.constexpr,
@@ -86,7 +87,7 @@ def nvfp4_matmul(
     tile = block_n * R + tl.arange(0, R)
     m = block_m * BM + tl.arange(0, BM)
     steps = tl.cdiv(chunks, SLICES * C)
-    per_split = tl.cdiv(steps, SPLITS)
+    per_split = tl.cdiv(steps, splits)
     first = split * per_split
     last = tl.minimum(first + per_split, steps)
 
@@ -142,15 +143,15 @@ def nvfp4_matmul(
     in_n = n < N
     inside = in_n[:, None] & (m < M)[None, :]
     done = True
-    if SPLITS > 1:
+    if SPLIT:
         at = m[None, :].to(tl.int64) * N + n[:, None]
         tl.store(partial + split * M.to(tl.int64) * N + at, acc, mask=inside)
         tl.debug_barrier()
         before = tl.atomic_add(arrivals + pid, 1, sem="acq_rel")
-        done = before == SPLITS - 1
+        done = before == splits - 1
         if done:
             acc = tl.zeros([R * 16, BM], dtype=tl.float32)
-            for i in range(0, SPLITS):
+            for i in range(0, splits):
                 acc += tl.load(partial + i * M.to(tl.int64) * N + at, mask=inside, other=0.0, cache_modifier=".cg")
             tl.store(arrivals + pid, 0)
     if done:
@@ -216,11 +217,12 @@ def launch(
         k,
         x.stride(0),
         out.stride(0),
+        config.splits,
         R=config.n // TILE_N,
         BM=config.m,
         C=config.k // TILE_K,
         SLICES=config.slices,
-        SPLITS=config.splits,
+        SPLIT=config.splits > 1,
         GROUP=GROUP,
         EVEN_K=k % step == 0,
         KIND=KINDS[x.dtype],
