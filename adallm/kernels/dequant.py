@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from adallm.kernels.layout import MAGNITUDE_BIT, SIGN_BIT
+from adallm.kernels.layout import SCALE_BIAS as _BIAS
 
 
 def _rotate(destination: str, left: int) -> str:
@@ -64,18 +65,11 @@ ASM_FP8 = tl.constexpr(_asm_8())
 _OUT_16 = tl.constexpr("=&r,=&r,=&r,=&r" + _INPUTS)
 _OUT_8 = tl.constexpr("=&r,=&r" + _INPUTS)
 
-# Two E4M3 bytes as BF16 stand for s * 2^-120, and times 2^127 * 2^111 for s * 2^118, which meets the 2^-126 of the codes.
-# As FP16 they stand for s * 2^-8, and times 2^15 for s * 2^7, which meets 2^-14. fma, since sm_89 has no mul.bf16x2.
-ASM_SCALE_BF16 = tl.constexpr(
-    "{ .reg .b32 a, b, z; mov.b32 z, 0x80008000; mov.b32 a, 0x7F007F00; mov.b32 b, 0x77007700;\n"
-    "fma.rn.bf16x2 a, $1, a, z; fma.rn.bf16x2 $0, a, b, z; }"
-)
-ASM_SCALE_FP16 = tl.constexpr("{ .reg .b32 a; mov.b32 a, 0x78007800; mul.rn.f16x2 $0, $1, a; }")
+# A scale byte in the exponent and mantissa of a 16-bit float: s * 2^7 in FP16. In BF16, whose exponent has three bits more,
+# those are set and give s * 2^119. That meets the 2^-14 or 2^-126 of the codes.
+VALUE_POWER = tl.constexpr(2.0**7)  # what the values are too small by
 
-# What the values are too small by: a power of two for the epilogue.
-BF16_EXPONENT = tl.constexpr(8)
-FP16_EXPONENT = tl.constexpr(7)
-
+SCALE_BIAS = tl.constexpr(_BIAS)
 _SIGN_BITS = tl.constexpr(sum(bit << 4 * j for j, bit in enumerate(SIGN_BIT)))
 _MAGNITUDE_BITS = tl.constexpr(sum(bit << 4 * j for j, bit in enumerate(MAGNITUDE_BIT)))
 
@@ -90,19 +84,11 @@ def _kk():
 def _kk_scales(words, KIND: tl.constexpr):
     """Scale words ``[.., g, 1, 1, ..]`` -> for each kk, the scale twice in 16-bit floats (``[.., g, 1, kk, ..]``)."""
     if KIND == "bf16":
-        even = tl.inline_asm_elementwise(
-            ASM_SCALE_BF16, "=r,r", [(words << 4) & 0x0FF00FF0], dtype=tl.int32, is_pure=True, pack=1
-        )
-        odd = tl.inline_asm_elementwise(
-            ASM_SCALE_BF16, "=r,r", [(words >> 4) & 0x0FF00FF0], dtype=tl.int32, is_pure=True, pack=1
-        )
+        even = ((words << 4) & 0x0FF00FF0) | 0x70007000
+        odd = ((words >> 4) & 0x0FF00FF0) | 0x70007000
     else:
-        even = tl.inline_asm_elementwise(
-            ASM_SCALE_FP16, "=r,r", [(words << 7) & 0x7F807F80], dtype=tl.int32, is_pure=True, pack=1
-        )
-        odd = tl.inline_asm_elementwise(
-            ASM_SCALE_FP16, "=r,r", [(words >> 1) & 0x7F807F80], dtype=tl.int32, is_pure=True, pack=1
-        )
+        even = (words << 7) & 0x7F807F80
+        odd = (words >> 1) & 0x7F807F80
     kk = _kk()
     two = tl.where(kk % 2 == 0, even, odd)
     low = tl.inline_asm_elementwise(
@@ -124,23 +110,23 @@ def round_e4m3(x):
 
 
 @triton.jit
-def _slow(words, scales, j, KIND: tl.constexpr):
+def _slow(words, scales, j):
     half = words >> (16 * tl.reshape(tl.arange(0, 2), [1, 1, 1, 1, 1, 1, 1, 1, 2]))
     sign = (half >> (((j * 0 + _SIGN_BITS) >> (4 * j)) & 15)) & 1
     code = (half >> (((j * 0 + _MAGNITUDE_BITS) >> (4 * j)) & 15)) & 7
     exponent, mantissa = code >> 1, code & 1
     magnitude = tl.where(exponent == 0, mantissa, (2 + mantissa) << tl.maximum(exponent - 1, 0)).to(tl.float32) * 0.5
     byte = (scales >> (8 * _kk())) & 0xFF
-    exponent, mantissa = byte >> 3, byte & 7
-    scale = tl.where(exponent == 0, mantissa, (8 + mantissa) << tl.maximum(exponent - 1, 0)).to(tl.float32) * (1.0 / 512)
-    value = tl.where(sign == 1, -magnitude, magnitude) * scale
-    return value * (1.0 / 256 if KIND == "bf16" else 1.0 / 128)
+    # FP32 has room for the exponent as it is: 2^(e - 22), and 0 for the byte 0.
+    scale = ((byte + ((127 - SCALE_BIAS) << 3)) << 20).to(tl.float32, bitcast=True)
+    scale = tl.where(byte == 0, 0.0, scale)
+    return tl.where(sign == 1, -magnitude, magnitude) * scale * (1.0 / 128)
 
 
 @triton.jit
 def operand(words, scales, S: tl.constexpr, R: tl.constexpr, C: tl.constexpr, KIND: tl.constexpr, FAST: tl.constexpr):
-    """The stored tiles as operand A, ``[S, 16 R, 64 C]``: ``e2m1 * scale * 2^-8`` in BF16, ``* 2^-7`` in FP16 (both
-    exact) or ``E4M3(e2m1 * scale * 2^-7)``; in FP32 if not ``FAST``.
+    """The stored tiles as operand A, ``[S, 16 R, 64 C]``: ``e2m1 * scale * 2^-7``, exact in BF16 and FP16,
+    rounded in E4M3; in FP32 if not ``FAST``.
 
     Args:
         words: int32, ``S R C 128`` elements in stored order.
@@ -169,10 +155,10 @@ def operand(words, scales, S: tl.constexpr, R: tl.constexpr, C: tl.constexpr, KI
     elif KIND == "fp8":
         pair = 2 * tl.reshape(tl.arange(0, 2), [1, 1, 1, 1, 1, 1, 1, 2, 1])
         pair += tl.reshape(tl.arange(0, 2), [1, 1, 1, 1, 1, 1, 2, 1, 1])
-        values = round_e4m3(_slow(words, scales, pair, KIND))
+        values = round_e4m3(_slow(words, scales, pair))
     else:
         pair = tl.reshape(tl.arange(0, 4), [1, 1, 1, 1, 1, 1, 2, 2, 1])
-        values = _slow(words, scales, pair, KIND)
+        values = _slow(words, scales, pair)
     if KIND == "fp8":  # columns (kk, t, kh, kl): the order of FP8_COLUMNS
         values = tl.permute(values, [0, 1, 6, 3, 2, 5, 4, 7, 8])
     else:  # columns (kk, kh, t, kl)

@@ -49,8 +49,7 @@ def nvfp4_expand(
     n = tl.program_id(0) * (R * 16) + tl.arange(0, R * 16)
     k = first * 64 + tl.arange(0, C * 64)
     if KIND != "fp8":
-        power: tl.constexpr = 8 if KIND == "bf16" else 7
-        exponent = power - tl.load(shift + n, mask=n < N, other=0).to(tl.int32)
+        exponent = 7 - tl.load(shift + n, mask=n < N, other=0).to(tl.int32)
         factor = ((exponent + 127) << 23).to(tl.float32, bitcast=True)
         values = to_dtype(values.to(tl.float32) * factor[:, None], out.dtype.element_ty, FAST)
     tl.store(

@@ -15,19 +15,27 @@ the sign, the two low exponent bits and the top mantissa bit, which gives ``e2m1
 (FP16), subnormals included; the positions are those that need the fewest rotations and masks for BF16: 11
 instructions for 8 codes, found by trying all arrangements.
 
-**Scales.** ``scales`` is int32 ``[N16, K64, 8, 2]``, indexed by ``g`` and ``rh``: the four E4M3 bytes of the row's
-blocks ``kk = 0..3``, lowest byte first. Each row's scales are multiplied by the largest power of two that keeps them
-within E4M3 (its largest scale lands above 224), and ``row_scale`` is divided by it. What E4M3 holds as a subnormal may
-become normal; nothing is rounded.
+**Scales.** ``scales`` is int32 ``[N16, K64, 8, 2]``, indexed by ``g`` and ``rh``: the bytes of the row's blocks
+``kk = 0..3``, lowest byte first. A byte is five bits of exponent and three of mantissa, ``2^(e - 37) * (1 + m / 8)`` or 0
+for ``e = m = 0``: E4M3 without sign and subnormals, its exponents such that the byte, moved to the right place, is the
+scale in FP16 (times 2^7) and, with three bits more, in BF16. Before that, each row's scales are multiplied by the
+largest power of two that keeps them within E4M3 (the largest lands above 224), and ``row_scale`` is divided by it, so
+that FP8 products have the whole range. Nothing is rounded.
+
+A block whose scale is 0 has its codes set to 0, since in BF16 a scale of 0 has no bits of its own; what they were is kept
+in ``Packed.lost``. ModelOpt writes such blocks, with codes 7 and 15, where a scale underflows.
 
 N is padded to a multiple of 16 and K to one of 64, with zeros.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from adallm.formats import E4M3_MAX
 from adallm.nvfp4 import NVFP4Tensor, pack, unpack
 
 TILE_N = 16
@@ -41,8 +49,36 @@ MAGNITUDE_BIT = (3, 12, 9, 6)
 # eight apart, so that within each 16 columns, position 4 t + 2 kh + kl stands for column 8 kh + 2 t + kl.
 FP8_COLUMNS = tuple(8 * kh + 2 * t + kl for t in range(4) for kh in range(2) for kl in range(2))
 
-_MAX_EXPONENT_SHIFT = 17  # from the smallest subnormal, 2^-9, to 256
+# Weights in a piece that is reordered at a time.
+_PIECE = 1 << 24
+
+# Of a scale byte: the exponent field of 2^0.
+SCALE_BIAS = 22
+
+_MAX_SHIFT = 17  # from the smallest subnormal, 2^-9, to 2^8
 _E4M3_NAN = 0x7F
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """An NVFP4 weight ``[n, k]`` as the kernels read it.
+
+    Attributes:
+        words: int32 ``[N16, K64, 32, 4]``.
+        scales: int32 ``[N16, K64, 8, 2]``.
+        row_scale: float32 ``[n]``, the global scale over ``2^shift``.
+        shift: uint8 ``[n]``.
+        lost: int64 ``[z, 9]``: index of a block of scale 0 among the ``n * k / 16``, and its eight packed bytes.
+        n, k: rows and columns, without padding.
+    """
+
+    words: Tensor
+    scales: Tensor
+    row_scale: Tensor
+    shift: Tensor
+    lost: Tensor
+    n: int
+    k: int
 
 
 def padded(n: int, k: int) -> tuple[int, int]:
@@ -55,54 +91,62 @@ def check(weight: NVFP4Tensor) -> None:
 
     Supported: ``[N, K]`` with N and K multiples of 16, block scales that are finite and not negative.
     """
-    n, k = weight.shape if weight.packed.dim() == 2 else (0, 0)
-    if weight.packed.dim() != 2 or n % 16 or k % 16 or not n or not k:
+    n, k = weight.packed.shape if weight.packed.dim() == 2 else (0, 0)
+    if not n or not k or n % 16:
         raise ValueError(f"the weight is {list(weight.shape)}; supported on a GPU: [N, K], both multiples of 16")
     if int(weight.scale.view(torch.uint8).max()) >= _E4M3_NAN:
         raise ValueError("a block scale is negative or NaN; supported on a GPU: finite block scales that are not negative")
 
 
 @torch.no_grad()
-def from_checkpoint(weight: NVFP4Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``words``, ``scales``, ``row_scale`` float32 ``[N]`` and ``shift`` uint8 ``[N]``, its power of two.
-
-    Works through the rows in pieces; beside input and output it needs some MB.
+def from_checkpoint(weight: NVFP4Tensor) -> Packed:
+    """Reorder a checkpoint's tensors. Works through the rows in pieces; beside input and output it needs some MB.
 
     Raises:
         ValueError: as ``check``.
     """
     check(weight)
-    n, k = weight.shape
+    n, k = weight.packed.shape[0], weight.packed.shape[1] * 2
     rows, columns = padded(n, k)
     device = weight.packed.device
     words = torch.empty(rows // TILE_N, columns // TILE_K, 32, 4, dtype=torch.int32, device=device)
     scales = torch.empty(rows // TILE_N, columns // TILE_K, 8, 2, dtype=torch.int32, device=device)
     shift = torch.empty(n, dtype=torch.uint8, device=device)
-    step = max((1 << 24) // columns // TILE_N, 1) * TILE_N
+    lost = []
+    step = max(_PIECE // columns // TILE_N, 1) * TILE_N
     for first in range(0, n, step):
         part = slice(first, min(first + step, n))
         tiles = slice(first // TILE_N, -(-part.stop // TILE_N))
-        codes = torch.nn.functional.pad(unpack(weight.packed[part]), (0, columns - k))
-        words[tiles] = _words(codes)
-        scaled, shift[part] = _shifted(weight.scale[part], weight.global_scale.expand(n)[part])
-        scales[tiles] = _scale_words(torch.nn.functional.pad(scaled, (0, (columns - k) // 16)))
+        packed, scale = weight.packed[part], weight.scale[part].float()
+        bytes_ = packed.unflatten(1, (-1, 8))
+        zero = ((scale == 0) & (bytes_ & 0x77).any(-1)).nonzero()
+        if len(zero):
+            index = (first + zero[:, :1]) * (k // 16) + zero[:, 1:]
+            lost.append(torch.cat((index, bytes_[zero[:, 0], zero[:, 1]].long()), 1))
+            packed = torch.where(scale.unsqueeze(-1) == 0, 0, bytes_).flatten(1)
+        words[tiles] = _words(torch.nn.functional.pad(unpack(packed), (0, columns - k)))
+        shift[part] = _shift(scale, weight.global_scale.expand(n)[part])
+        codes = _scale_byte(torch.ldexp(scale, shift[part].int()[:, None]))
+        scales[tiles] = _scale_words(torch.nn.functional.pad(codes, (0, (columns - k) // 16)))
     row_scale = torch.ldexp(weight.global_scale.expand(n), -shift.int()).contiguous()
-    return words, scales, row_scale, shift
+    empty = torch.empty(0, 9, dtype=torch.int64, device=device)
+    return Packed(words, scales, row_scale, shift, torch.cat(lost) if lost else empty, n, k)
 
 
 @torch.no_grad()
-def to_checkpoint(words: Tensor, scales: Tensor, shift: Tensor, n: int, k: int) -> tuple[Tensor, Tensor]:
-    """``packed`` uint8 ``[N, K/2]`` and ``scale`` float8_e4m3fn ``[N, K/16]``, the bytes that ``from_checkpoint`` took."""
-    half = torch.stack((words & 0xFFFF, words >> 16 & 0xFFFF), -1)
+def to_checkpoint(p: Packed) -> tuple[Tensor, Tensor]:
+    """``packed`` uint8 ``[N, K/2]`` and ``scale`` float8_e4m3fn ``[N, K/16]``: the bytes that ``from_checkpoint`` took."""
+    half = torch.stack((p.words & 0xFFFF, p.words >> 16 & 0xFFFF), -1)
     codes = torch.stack([half >> s & 1 for s in SIGN_BIT], -1) << 3
     codes |= torch.stack([half >> m & 7 for m in MAGNITUDE_BIT], -1)
     # [N16, K64, (g t), kk, kl, (kh rh)] -> [N16, rh, g, K64, kk, kh, t, kl]
     codes = codes.unflatten(-1, (2, 2)).unflatten(2, (8, 4)).permute(0, 7, 2, 1, 4, 6, 3, 5)
-    packed = pack(codes.reshape(words.shape[0] * TILE_N, -1).to(torch.uint8)[:n, :k])
-    byte = torch.stack([scales >> 8 * kk & 0xFF for kk in range(4)], -1)
-    byte = byte.permute(0, 3, 2, 1, 4).reshape(words.shape[0] * TILE_N, -1)[:n, : k // 16]
-    value = byte.to(torch.uint8).contiguous().view(torch.float8_e4m3fn).float()
-    return packed, torch.ldexp(value, -shift.int()[:, None]).to(torch.float8_e4m3fn)
+    packed = pack(codes.reshape(p.words.shape[0] * TILE_N, -1).to(torch.uint8)[: p.n, : p.k])
+    packed.view(-1, 8)[p.lost[:, 0]] = p.lost[:, 1:].to(torch.uint8)
+    byte = torch.stack([p.scales >> 8 * kk & 0xFF for kk in range(4)], -1)
+    byte = byte.permute(0, 3, 2, 1, 4).reshape(p.words.shape[0] * TILE_N, -1)[: p.n, : p.k // 16]
+    value = torch.where(byte == 0, 0.0, torch.ldexp(8.0 + (byte & 7), (byte >> 3) - SCALE_BIAS - 3))
+    return packed, torch.ldexp(value, -p.shift.int()[:, None]).to(torch.float8_e4m3fn)
 
 
 def _words(codes: Tensor) -> Tensor:
@@ -117,20 +161,23 @@ def _words(codes: Tensor) -> Tensor:
     return words.reshape(*words.shape[:2], 32, 4)
 
 
-def _scale_words(scale: Tensor) -> Tensor:
-    """uint8 E4M3 bytes ``[16 n, 4 k]`` -> int32 ``[n, k, 8, 2]``."""
-    byte = scale.view(-1, 2, 8, scale.shape[1] // 4, 4).permute(0, 3, 2, 1, 4).int()
+def _scale_byte(scale: Tensor) -> Tensor:
+    """FP32 values that E4M3 holds, times a power of two -> int32 bytes."""
+    mantissa, exponent = torch.frexp(scale)
+    return torch.where(scale == 0, 0, (mantissa * 16).int() - 8 + ((exponent - 1 + SCALE_BIAS) << 3))
+
+
+def _scale_words(byte: Tensor) -> Tensor:
+    """int32 bytes ``[16 n, 4 k]`` -> int32 ``[n, k, 8, 2]``."""
+    byte = byte.view(-1, 2, 8, byte.shape[1] // 4, 4).permute(0, 3, 2, 1, 4)
     return byte[..., 0] | byte[..., 1] << 8 | byte[..., 2] << 16 | byte[..., 3] << 24
 
 
-def _shifted(scale: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """E4M3 bytes of ``scale * 2^shift`` and ``shift``, one for a row."""
-    value = scale.float()
-    largest = value.amax(1)
-    # The largest shift with largest * 2^shift <= 448, and 0 for a row of zeros.
-    shift = torch.floor(torch.log2(448 / largest.clamp(min=2.0**-9))).clamp(0, _MAX_EXPONENT_SHIFT)
-    shift = torch.where(torch.ldexp(largest, shift.int()) > 448, shift - 1, shift)
-    # The row's scale must stay a normal FP32 number for the division to be exact.
-    room = torch.floor(torch.log2(global_scale.clamp(min=2.0**-126))) + 126
-    shift = torch.where(largest > 0, torch.minimum(shift, room.clamp(min=0)), 0).int()
-    return torch.ldexp(value, shift[:, None]).to(torch.float8_e4m3fn).view(torch.uint8), shift.to(torch.uint8)
+def _shift(scale: Tensor, global_scale: Tensor) -> Tensor:
+    """The largest power of two for each row that keeps its scales within E4M3; 0 for a row of zeros."""
+    largest = scale.amax(1)
+    mantissa, exponent = torch.frexp(largest)  # largest = mantissa * 2^exponent, mantissa in [0.5, 1)
+    shift = torch.where(mantissa <= E4M3_MAX / 512, 9, 8) - exponent
+    # The row's scale must stay a normal FP32 number, or the division by 2^shift would round.
+    room = torch.frexp(global_scale)[1] + 125
+    return torch.where(largest > 0, torch.minimum(shift, room).clamp(0, _MAX_SHIFT), 0).to(torch.uint8)

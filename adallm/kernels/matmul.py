@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adallm.kernels.dequant import BF16_EXPONENT, FP16_EXPONENT, operand, to_dtype
+from adallm.kernels.dequant import VALUE_POWER, operand, to_dtype
 from adallm.kernels.layout import TILE_K, TILE_N
 
 
@@ -155,8 +155,7 @@ def nvfp4_matmul(
                 acc += tl.load(partial + i * M.to(tl.int64) * N + at, mask=inside, other=0.0, cache_modifier=".cg")
             tl.store(arrivals + pid, 0)
     if done:
-        power: tl.constexpr = 256.0 if KIND == "bf16" else 128.0
-        acc *= (tl.load(row_scale + n, mask=in_n, other=0.0) * power)[:, None]
+        acc *= (tl.load(row_scale + n, mask=in_n, other=0.0) * VALUE_POWER)[:, None]
         if KIND == "fp8":
             acc *= tl.load(x_scale + m, mask=m < M, other=0.0)[None, :]
         if bias is not None:
