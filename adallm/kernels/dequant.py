@@ -17,9 +17,10 @@ from adallm.kernels.layout import MAGNITUDE_BIT, SIGN_BIT
 from adallm.kernels.layout import SCALE_BIAS as _BIAS
 
 
-def _rotate(destination: str, left: int) -> str:
-    left %= 32
-    return f"shf.l.wrap.b32 {destination}, $w, $w, {left};" if left else f"mov.b32 {destination}, $w;"
+def _shift(destination: str, left: int) -> str:
+    if left < 0:
+        return f"shr.u32 {destination}, $w, {-left};"
+    return f"shl.b32 {destination}, $w, {left};" if left else f"mov.b32 {destination}, $w;"
 
 
 def _pair(out: str, j: int, magnitude_bit: int) -> str:
@@ -27,11 +28,10 @@ def _pair(out: str, j: int, magnitude_bit: int) -> str:
     sign, magnitude = 15 - SIGN_BIT[j], magnitude_bit - MAGNITUDE_BIT[j]
     mask = 7 << magnitude_bit
     if sign == magnitude:
-        return _rotate(out, sign) + f" and.b32 {out}, {out}, {(0x8000 | mask) * 0x10001:#010x};"
+        return f"{_shift(out, sign)} and.b32 {out}, {out}, {(0x8000 | mask) * 0x10001:#010x};"
     return (
-        _rotate("a", sign)
-        + f" and.b32 a, a, 0x80008000; {_rotate(out, magnitude)}"
-        + f" and.b32 {out}, {out}, {mask * 0x10001:#010x}; or.b32 {out}, {out}, a;"
+        f"{_shift('a', sign)} and.b32 a, a, 0x80008000; {_shift(out, magnitude)} "
+        f"lop3.b32 {out}, {out}, {mask * 0x10001:#010x}, a, 0xEA;"
     )
 
 
@@ -41,6 +41,15 @@ def _asm_16(kind: str, magnitude_bit: int) -> str:
     for j in range(4):
         body.append(_pair(f"${j}", j, magnitude_bit))
         body.append(f"fma.rn.{kind} ${j}, ${j}, ${12 + 2 * (j % 2)}, z;")
+    return "{ .reg .b32 a, z; mov.b32 z, 0x80008000;\n" + "\n".join(body).replace("$w", "$4") + " }"
+
+
+def _asm_pairs(kind: str, magnitude_bit: int) -> str:
+    """A word and the scales of its rows rh = 0 and 1 -> four registers of two products, (kh, rh)."""
+    body = []
+    for j in range(4):
+        body.append(_pair(f"${j}", j, magnitude_bit))
+        body.append(f"fma.rn.{kind} ${j}, ${j}, ${5 + j % 2}, z;")
     return "{ .reg .b32 a, z; mov.b32 z, 0x80008000;\n" + "\n".join(body).replace("$w", "$4") + " }"
 
 
@@ -62,11 +71,19 @@ _INPUTS = ",r" * 16
 ASM_BF16 = tl.constexpr(_asm_16("bf16x2", _BF16_BIT))
 ASM_FP16 = tl.constexpr(_asm_16("f16x2", _FP16_BIT))
 ASM_FP8 = tl.constexpr(_asm_8())
+_ASM_PAIRS_BF16 = tl.constexpr(_asm_pairs("bf16x2", _BF16_BIT))
+_ASM_PAIRS_FP16 = tl.constexpr(_asm_pairs("f16x2", _FP16_BIT))
 _OUT_16 = tl.constexpr("=&r,=&r,=&r,=&r" + _INPUTS)
 _OUT_8 = tl.constexpr("=&r,=&r" + _INPUTS)
 
 # A scale byte in the exponent and mantissa of a 16-bit float: s * 2^7 in FP16. In BF16, whose exponent has three bits more,
 # those are set and give s * 2^119. That meets the 2^-14 or 2^-126 of the codes.
+_ASM_SCALE_EVEN = tl.constexpr(
+    "{ .reg .b32 a; shl.b32 $0, $1, 4; mov.b32 a, 0x70007000; lop3.b32 $0, $0, 0x0FF00FF0, a, 0xEA; }"
+)
+_ASM_SCALE_ODD = tl.constexpr(
+    "{ .reg .b32 a; shr.u32 $0, $1, 4; mov.b32 a, 0x70007000; lop3.b32 $0, $0, 0x0FF00FF0, a, 0xEA; }"
+)
 VALUE_POWER = tl.constexpr(2.0**7)  # what the values are too small by
 
 SCALE_BIAS = tl.constexpr(_BIAS)
@@ -84,8 +101,8 @@ def _kk():
 def _kk_scales(words, KIND: tl.constexpr):
     """Scale words ``[.., g, 1, 1, ..]`` -> for each kk, the scale twice in 16-bit floats (``[.., g, 1, kk, ..]``)."""
     if KIND == "bf16":
-        even = ((words << 4) & 0x0FF00FF0) | 0x70007000
-        odd = ((words >> 4) & 0x0FF00FF0) | 0x70007000
+        even = tl.inline_asm_elementwise(_ASM_SCALE_EVEN, "=r,r", [words], dtype=tl.int32, is_pure=True, pack=1)
+        odd = tl.inline_asm_elementwise(_ASM_SCALE_ODD, "=r,r", [words], dtype=tl.int32, is_pure=True, pack=1)
     else:
         even = (words << 7) & 0x7F807F80
         odd = (words >> 1) & 0x7F807F80
@@ -164,6 +181,58 @@ def operand(words, scales, S: tl.constexpr, R: tl.constexpr, C: tl.constexpr, KI
     else:  # columns (kk, kh, t, kl)
         values = tl.permute(values, [0, 1, 7, 3, 2, 5, 6, 4, 8])
     return tl.reshape(values, [S, R * 16, C * 64])
+
+
+@triton.jit
+def _halves(pair, dtype: tl.constexpr):
+    low = (pair & 0xFFFF).to(tl.int16).to(dtype, bitcast=True)
+    high = ((pair >> 16) & 0xFFFF).to(tl.int16).to(dtype, bitcast=True)
+    return tl.join(low, high)
+
+
+@triton.jit
+def values(words, scales, R: tl.constexpr, C: tl.constexpr, KIND: tl.constexpr, FAST: tl.constexpr):
+    """``e2m1 * scale * 2^-7`` as ``[16 R, 64 C]`` in the order of the columns, in any layout: for what is stored rather
+    than multiplied. In FP16 where KIND is "fp16", else in BF16; in FP32 if not ``FAST``.
+    """
+    if FAST:
+        words = tl.reshape(words, [R, C, 8, 4, 4])
+        even, odd = tl.split(tl.reshape(scales, [R, C, 8, 1, 1, 2]))
+        even = tl.reshape(_kk_scales(tl.reshape(even, [1, R, C, 8, 1, 1, 1, 1, 1]), KIND), [R, C, 8, 1, 4])
+        odd = tl.reshape(_kk_scales(tl.reshape(odd, [1, R, C, 8, 1, 1, 1, 1, 1]), KIND), [R, C, 8, 1, 4])
+        if KIND == "bf16":
+            p00, p01, p10, p11 = tl.inline_asm_elementwise(
+                _ASM_PAIRS_BF16,
+                "=&r,=&r,=&r,=&r,r,r,r",
+                [words, even, odd],
+                dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+                is_pure=True,
+                pack=1,
+            )
+            dtype: tl.constexpr = tl.bfloat16
+        else:
+            p00, p01, p10, p11 = tl.inline_asm_elementwise(
+                _ASM_PAIRS_FP16,
+                "=&r,=&r,=&r,=&r,r,r,r",
+                [words, even, odd],
+                dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+                is_pure=True,
+                pack=1,
+            )
+            dtype: tl.constexpr = tl.float16
+        # [R, C, g, t, kk, kl, rh, kh]
+        out = tl.join(
+            tl.join(_halves(p00, dtype), _halves(p01, dtype)), tl.join(_halves(p10, dtype), _halves(p11, dtype))
+        )
+        return tl.reshape(tl.permute(out, [0, 6, 2, 1, 4, 7, 3, 5]), [R * 16, C * 64])
+    return tl.reshape(operand(words, scales, 1, R, C, KIND, FAST), [R * 16, C * 64])
+
+
+@triton.jit
+def fp8_order(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Columns of ``[ROWS, COLUMNS]`` into ``FP8_COLUMNS`` order."""
+    x = tl.reshape(x, [ROWS, COLUMNS // 16, 2, 4, 2])  # kh, t, kl
+    return tl.reshape(tl.permute(x, [0, 1, 3, 2, 4]), [ROWS, COLUMNS])
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adallm.kernels.dequant import operand, to_dtype
+from adallm.kernels.dequant import fp8_order, round_e4m3, to_dtype, values
 
 _R, _C, _WARPS = 4, 2, 4
 
@@ -45,24 +45,25 @@ def nvfp4_expand(
         mask=in_n & (first + i // 128 < chunks)[None, :],
         other=0,
     )
-    values = tl.reshape(operand(word, scale, 1, R, C, KIND, FAST), [R * 16, C * 64])
+    x = values(word, scale, R, C, KIND, FAST)
     n = tl.program_id(0) * (R * 16) + tl.arange(0, R * 16)
     k = first * 64 + tl.arange(0, C * 64)
-    if KIND != "fp8":
+    if out.dtype.element_ty == tl.float8e4nv:
+        if not FAST:
+            x = round_e4m3(x)
+        x = fp8_order(x.to(tl.float8e4nv), R * 16, C * 64)
+    else:
         exponent = 7 - tl.load(shift + n, mask=n < N, other=0).to(tl.int32)
         factor = ((exponent + 127) << 23).to(tl.float32, bitcast=True)
-        values = to_dtype(values.to(tl.float32) * factor[:, None], out.dtype.element_ty, FAST)
-    tl.store(
-        out + n.to(tl.int64)[:, None] * K + k[None, :],
-        values.to(out.dtype.element_ty),
-        mask=(n < N)[:, None] & (k < K)[None, :],
-    )
+        x = to_dtype(x.to(tl.float32) * factor[:, None], out.dtype.element_ty, FAST)
+    at = n.to(tl.int64)[:, None] * K + k[None, :]
+    tl.store(out + at, x, mask=(n < N)[:, None] & (k < K)[None, :])
 
 
 def expand(words: Tensor, scales: Tensor, shift: Tensor, n: int, k: int, dtype: torch.dtype) -> Tensor:
     """``[n, k]`` of ``dtype``: bfloat16, float16 or float8_e4m3fn."""
     out = torch.empty(n, k, dtype=dtype, device=words.device)
-    kind = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float8_e4m3fn: "fp8"}[dtype]
+    kind = "bf16" if dtype == torch.bfloat16 else "fp16"
     grid = (triton.cdiv(words.shape[0], _R), triton.cdiv(words.shape[1], _C))
     nvfp4_expand[grid](
         words, scales, shift, out, n, k, R=_R, C=_C, KIND=kind, FAST=words.is_cuda, num_warps=_WARPS

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adallm.kernels.dequant import round_e4m3
+from adallm.kernels.dequant import fp8_order, round_e4m3
 
 
 @triton.jit
@@ -46,8 +46,7 @@ def fp8_tokens(
         y = round_e4m3(y)
     y = y.to(data.dtype.element_ty)
     if not ORDERED:
-        # (kh, t, kl) -> (t, kh, kl)
-        y = tl.reshape(tl.permute(tl.reshape(y, [BLOCK // 16, 2, 4, 2]), [0, 2, 1, 3]), [BLOCK])
+        y = tl.reshape(fp8_order(tl.reshape(y, [1, BLOCK]), 1, BLOCK), [BLOCK])
     tl.store(data + row * K + k, y, mask=inside)
 
 
