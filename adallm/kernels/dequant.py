@@ -10,11 +10,29 @@ spares every exchange between threads: ``(kh, rh, kl)`` for 16 bits and ``(rh, k
 
 from __future__ import annotations
 
+import re
+
 import triton
 import triton.language as tl
 
 from adallm.kernels.layout import MAGNITUDE_BIT, SIGN_BIT
 from adallm.kernels.layout import SCALE_BIAS as _BIAS
+
+
+def check_registers(ttgir: str) -> None:
+    """Raise a RuntimeError if the eight copies of a word in ``operand`` are not eight consecutive values of a thread.
+
+    Which registers hold what is the compiler's choice, and correctness rests on it, so that the launchers look at each
+    kernel that was compiled: the first register bases of the assembly's result must be its last three dimensions.
+    """
+    layouts = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.MULTILINE))
+    found = re.findall(r"packed_element = 8 : i32.*?-> tensor<[\w]+, (#\w+)>", ttgir)
+    want = "register = [[0, 0, 0, 0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 0, 0, 1, 0, 0]"
+    if not found or not all(want in layouts.get(name, "") for name in found):
+        raise RuntimeError(
+            "this version of Triton lays out the registers of an NVFP4 kernel in another order than its conversion "
+            f"needs: {[layouts.get(name, name) for name in found]}; supported: Triton 3.6 and 3.7"
+        )
 
 
 def _shift(destination: str, left: int) -> str:

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adallm.kernels.dequant import VALUE_POWER, operand, to_dtype
+from adallm.kernels.dequant import VALUE_POWER, check_registers, operand, to_dtype
 from adallm.kernels.layout import TILE_K, TILE_N
 
 
@@ -45,6 +45,27 @@ class Config:
     stages: int
 
 
+# A sum of E4M3 products is at most 448 * 21 * K, and times this within FP16 up to K of 400,000.
+_PACKED = tl.constexpr(2.0**-16)
+_ASM_PACK = tl.constexpr("cvt.rn.f16x2.f32 $0, $2, $1;")
+_ASM_UNPACK = tl.constexpr("{ .reg .b16 a, b; mov.b32 {a, b}, $2; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b; }")
+
+
+@triton.jit
+def _unpack(total, R: tl.constexpr, BM: tl.constexpr):
+    """FP32 ``[16 R, BM]`` from pairs of FP16 in int32 ``[16 R, BM / 2]``."""
+    low, high = tl.inline_asm_elementwise(
+        _ASM_UNPACK, "=r,=r,r", [total], dtype=(tl.float32, tl.float32), is_pure=True, pack=1
+    )
+    return tl.reshape(tl.join(low, high), [R * 16, BM]) / _PACKED
+
+
+@triton.jit
+def _pack(acc, R: tl.constexpr, BM: tl.constexpr):
+    low, high = tl.split(tl.reshape(acc * _PACKED, [R * 16, BM // 2, 2]))
+    return tl.inline_asm_elementwise(_ASM_PACK, "=r,r,r", [low, high], dtype=tl.int32, is_pure=True, pack=1)
+
+
 @triton.jit(do_not_specialize=["M", "splits"])
 def nvfp4_matmul(
     x,
@@ -67,6 +88,7 @@ def nvfp4_matmul(
     C: tl.constexpr,
     SLICES: tl.constexpr,
     SPLIT: tl.constexpr,
+    PROMOTE: tl.constexpr,
     GROUP: tl.constexpr,
     EVEN_K: tl.constexpr,
     KIND: tl.constexpr,
@@ -116,6 +138,9 @@ def nvfp4_matmul(
     scales += first * (SLICES * C * 16)
     x += first * (SLICES * C * 64)
 
+    if PROMOTE:
+        total = tl.zeros([R * 16, BM // 2], dtype=tl.int32)
+
     for step in range(first, last):
         if EVEN_K:
             tokens = tl.load(x, mask=in_m, other=0.0)
@@ -134,8 +159,14 @@ def nvfp4_matmul(
             weight = tl.reshape(weight, [R * 16, C * 64])
         if FAST:
             acc = tl.dot(weight, tokens, acc)
+            if PROMOTE:
+                if (step - first) % PROMOTE == PROMOTE - 1:
+                    total = _pack(acc + _unpack(total, R, BM), R, BM)
+                    acc = tl.zeros([R * 16, BM], dtype=tl.float32)
         else:
             acc = tl.dot(weight, tokens.to(tl.float32), acc, input_precision="ieee")
+    if PROMOTE:
+        acc += _unpack(total, R, BM)
     if SLICES > 1:
         acc = tl.sum(acc, axis=0)
 
@@ -166,6 +197,8 @@ def nvfp4_matmul(
 
 KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float8_e4m3fn: "fp8"}
 GROUP = 8
+PROMOTE_COLUMNS = 2048
+_CHECKED: set[str] = set()
 
 
 def blocks(config: Config, m: int, n: int) -> int:
@@ -201,7 +234,7 @@ def launch(
     partial = None
     if config.splits > 1:
         partial = torch.empty(config.splits * m * n, dtype=torch.float32, device=x.device)
-    nvfp4_matmul[(blocks(config, m, n), config.splits)](
+    kernel = nvfp4_matmul[(blocks(config, m, n), config.splits)](
         x,
         words,
         scales,
@@ -222,6 +255,7 @@ def launch(
         C=config.k // TILE_K,
         SLICES=config.slices,
         SPLIT=config.splits > 1,
+        PROMOTE=PROMOTE_COLUMNS // step if fast and x.dtype == torch.float8_e4m3fn and k > PROMOTE_COLUMNS else 0,
         GROUP=GROUP,
         EVEN_K=k % step == 0,
         KIND=KINDS[x.dtype],
@@ -229,3 +263,6 @@ def launch(
         num_warps=config.warps,
         num_stages=config.stages,
     )
+    if fast and kernel.hash not in _CHECKED:
+        check_registers(kernel.asm["ttgir"])
+        _CHECKED.add(kernel.hash)

@@ -14,6 +14,32 @@ from torch import Tensor
 from adallm.kernels.dequant import fp8_order, round_e4m3
 
 
+# Longest row that a block keeps in registers; of a longer one it reads pieces, again for each pass, from the cache.
+_ONE_PIECE = 8192
+_PIECE = 4096
+
+
+@triton.jit
+def _input(x, weight, k, K, rstd, INPUT: tl.constexpr):
+    y = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+    if INPUT == "rms_norm":
+        y = y * rstd * tl.load(weight + k, mask=k < K, other=0.0).to(tl.float32)
+    elif INPUT == "silu_and_mul":
+        y = y / (1 + tl.exp(-y)) * tl.load(x + K + k, mask=k < K, other=0.0).to(tl.float32)
+    return y
+
+
+@triton.jit
+def _write(y, scale, data, k, K, BLOCK: tl.constexpr, ORDERED: tl.constexpr, FAST: tl.constexpr):
+    y = tl.math.div_rn(y, scale)
+    if not FAST:
+        y = round_e4m3(y)
+    y = y.to(data.dtype.element_ty)
+    if not ORDERED:
+        y = tl.reshape(fp8_order(tl.reshape(y, [1, BLOCK]), 1, BLOCK), [BLOCK])
+    tl.store(data + k, y, mask=k < K)
+
+
 @triton.jit
 def fp8_tokens(
     x,
@@ -24,30 +50,35 @@ def fp8_tokens(
     x_stride,
     eps,
     BLOCK: tl.constexpr,
+    PIECES: tl.constexpr,
     INPUT: tl.constexpr,
     ORDERED: tl.constexpr,
     FAST: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
+    x += row * x_stride
+    data += row * K
     k = tl.arange(0, BLOCK)
-    inside = k < K
-    y = tl.load(x + row * x_stride + k, mask=inside, other=0.0).to(tl.float32)
+    rstd = 1.0
     if INPUT == "rms_norm":
-        y = y * tl.math.rsqrt(tl.sum(y * y) / K + eps)
-        y = y * tl.load(weight + k, mask=inside, other=0.0).to(tl.float32)
-    elif INPUT == "silu_and_mul":
-        y = y / (1 + tl.exp(-y))
-        y = y * tl.load(x + row * x_stride + K + k, mask=inside, other=0.0).to(tl.float32)
-    s = tl.math.div_rn(tl.max(tl.abs(y)), 448.0)
+        squares = tl.zeros([BLOCK], dtype=tl.float32)
+        for piece in range(PIECES):
+            value = tl.load(x + piece * BLOCK + k, mask=piece * BLOCK + k < K, other=0.0).to(tl.float32)
+            squares += value * value
+        rstd = tl.math.rsqrt(tl.sum(squares) / K + eps)
+    amax = tl.zeros([BLOCK], dtype=tl.float32)
+    for piece in range(PIECES):
+        y = _input(x, weight, piece * BLOCK + k, K, rstd, INPUT)
+        amax = tl.maximum(amax, tl.abs(y))
+    s = tl.math.div_rn(tl.max(amax), 448.0)
     s = tl.where(s == 0, 1.0, s)
     tl.store(scale + row, s)
-    y = tl.math.div_rn(y, s)
-    if not FAST:
-        y = round_e4m3(y)
-    y = y.to(data.dtype.element_ty)
-    if not ORDERED:
-        y = tl.reshape(fp8_order(tl.reshape(y, [1, BLOCK]), 1, BLOCK), [BLOCK])
-    tl.store(data + row * K + k, y, mask=inside)
+    if PIECES == 1:
+        _write(y, s, data, k, K, BLOCK, ORDERED, FAST)
+    else:
+        for piece in range(PIECES):
+            y = _input(x, weight, piece * BLOCK + k, K, rstd, INPUT)
+            _write(y, s, data, piece * BLOCK + k, K, BLOCK, ORDERED, FAST)
 
 
 def quantize_tokens(
@@ -73,7 +104,7 @@ def quantize_tokens(
     scale = torch.empty(m, dtype=torch.float32, device=x.device)
     if not m:
         return data, scale
-    block = triton.next_power_of_2(k)
+    block = triton.next_power_of_2(k) if k <= _ONE_PIECE else _PIECE
     fp8_tokens[(m,)](
         x,
         weight,
@@ -83,9 +114,10 @@ def quantize_tokens(
         x.stride(0),
         eps,
         BLOCK=block,
+        PIECES=triton.cdiv(k, block),
         INPUT="silu_and_mul" if gated else "none" if weight is None else "rms_norm",
         ORDERED=ordered,
         FAST=x.is_cuda,
-        num_warps=min(max(block // 512, 1), 16),
+        num_warps=min(max(block // 512, 1), 8),
     )
     return data, scale

@@ -1,0 +1,93 @@
+"""GPU data sheets, and how many blocks fit on an SM.
+
+Rates are the makers': boost clock, dense tensor rate with FP32 accumulation, nominal DRAM bandwidth. Sources:
+NVIDIA's Ada and Hopper architecture white papers and data sheets; limits of an SM from the CUDA C++ Programming Guide,
+"Technical Specifications per Compute Capability".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SCHEDULERS = 4  # of an SM, each issuing one instruction of one warp a clock
+WARP = 32
+
+# Granularity in which an SM gives registers (to a warp), shared memory (to a block), and warps (to its schedulers).
+_REGISTERS, _SHARED = 256, 128
+# Shared memory that the system keeps for each block.
+_RESERVED = 1024
+
+
+@dataclass(frozen=True)
+class GPU:
+    """A data sheet.
+
+    Attributes:
+        device: the name that its driver gives. Relatives of a like name (RTX 4090 D, H100 PCIe) are other chips.
+        capability: compute capability.
+        sms: streaming multiprocessors.
+        clock_ghz: boost clock.
+        dram_gb_s: DRAM bandwidth in 10^9 bytes a second.
+        l2_mb: L2 cache in MiB.
+        memory_gb: DRAM in GB.
+        fp16_tflops: dense FP16 and BF16 tensor rate with FP32 accumulation, in 10^12 operations a second.
+        fp8_tflops: dense FP8 tensor rate with FP32 accumulation.
+        mma_sync: share of those rates that ``mma.sync`` reaches; Hopper has the whole with ``wgmma`` alone.
+        shared_per_block: largest shared memory of a block, in bytes.
+        shared_per_sm: shared memory of an SM, in bytes, what is reserved for blocks included.
+        warps_per_sm, blocks_per_sm, registers_per_sm: at most, on an SM.
+    """
+
+    device: str
+    capability: tuple[int, int]
+    sms: int
+    clock_ghz: float
+    dram_gb_s: float
+    l2_mb: int
+    memory_gb: int
+    fp16_tflops: float
+    fp8_tflops: float
+    mma_sync: float
+    shared_per_block: int
+    shared_per_sm: int
+    warps_per_sm: int
+    blocks_per_sm: int
+    registers_per_sm: int = 65536
+
+
+def _ada(device: str, sms: int, clock: float, dram: float, l2: int, memory: int, fp16: float, fp8: float) -> GPU:
+    return GPU(device, (8, 9), sms, clock, dram, l2, memory, fp16, fp8, 1.0, 99 * 1024, 100 * 1024, 48, 24)
+
+
+GPUS: dict[str, GPU] = {
+    "RTX 4090": _ada("NVIDIA GeForce RTX 4090", 128, 2.52, 1008, 72, 24, 165, 330),
+    "RTX 6000 Ada": _ada("NVIDIA RTX 6000 Ada Generation", 142, 2.505, 960, 96, 48, 364, 728),
+    "L40S": _ada("NVIDIA L40S", 142, 2.52, 864, 48, 48, 362, 733),
+    "L4": _ada("NVIDIA L4", 58, 2.04, 300, 48, 24, 121, 242),
+    # The SXM module.
+    "H100": GPU(
+        "NVIDIA H100 80GB HBM3", (9, 0), 132, 1.98, 3352, 50, 80, 989, 1979, 0.6, 227 * 1024, 228 * 1024, 64, 32
+    ),
+}
+
+
+def find(device: str) -> str | None:
+    """The name in ``GPUS`` of a device as its driver calls it: ``"NVIDIA H100 80GB HBM3"`` -> ``"H100"``."""
+    return next((name for name, gpu in GPUS.items() if gpu.device == device), None)
+
+
+def blocks_per_sm(gpu: GPU, *, registers: int, shared: int, warps: int) -> int:
+    """Blocks that an SM holds at once: the least that registers, shared memory, warps and block slots allow.
+
+    Args:
+        registers: of a thread.
+        shared: bytes of a block.
+        warps: of a block.
+    """
+    of_warp = max(-(-registers * WARP // _REGISTERS) * _REGISTERS, _REGISTERS)
+    # Each scheduler's warps share its quarter of the registers.
+    by_registers = gpu.registers_per_sm // SCHEDULERS // of_warp * SCHEDULERS // warps
+    if shared > gpu.shared_per_block:
+        return 0
+    by_shared = gpu.shared_per_sm // (-(-shared // _SHARED) * _SHARED + _RESERVED)
+    return min(by_registers, by_shared, gpu.warps_per_sm // warps, gpu.blocks_per_sm)

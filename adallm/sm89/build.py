@@ -1,0 +1,189 @@
+"""What Triton's JIT would compile for a launch, compiled for sm_89 instead; no GPU is needed.
+
+The launchers say what they launch: their kernel is replaced for a call by one that notes its arguments. On ``meta``
+tensors that takes no memory, so that there is no second list of signatures to keep in step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from adallm.kernels import choice, expand, matmul, quantize
+from adallm.kernels.layout import TILE_K, TILE_N
+
+TARGET = GPUTarget("cuda", 89, 32)
+
+# A launcher's module and the kernel that it launches.
+KERNEL: dict[Callable[..., Any], tuple[ModuleType, str]] = {
+    matmul.launch: (matmul, "nvfp4_matmul"),
+    expand.expand: (expand, "nvfp4_expand"),
+    quantize.quantize_tokens: (quantize, "fp8_tokens"),
+}
+
+_TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.float8_e4m3fn: "*fp8e4nv",
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
+}
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}
+
+
+@dataclass(frozen=True)
+class Build:
+    """A kernel for given argument types.
+
+    Attributes:
+        fn: the JIT function.
+        signature: type of each argument, ``"constexpr"`` where ``constants`` has its value.
+        aligned: arguments that are multiples of 16.
+        options: ``num_warps``, ``num_stages``.
+    """
+
+    fn: JITFunction
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    aligned: tuple[str, ...]
+    options: tuple[tuple[str, int], ...]
+
+
+def build(fn: JITFunction, *args: Any, **kwargs: Any) -> Build:
+    """The build for these arguments, with ``FAST`` on, and as the JIT specializes except that no integer is taken for a
+    constant because it is 1.
+
+    Raises:
+        RuntimeError: ``fn`` belongs to Triton's interpreter.
+    """
+    if not isinstance(fn, JITFunction):
+        raise RuntimeError("the kernels were imported with TRITON_INTERPRET set, which leaves nothing to compile")
+    given = dict(zip(fn.arg_names, args, strict=False)) | kwargs
+    options = {name: given.pop(name) for name in [*given] if name not in fn.arg_names}
+    given["FAST"] = True
+    signature, constants, aligned = {}, {}, []
+    for parameter in fn.params:
+        name, value = parameter.name, given[parameter.name]
+        if parameter.is_constexpr or value is None:
+            signature[name], constants[name] = "constexpr", value
+            continue
+        signature[name] = _type(value)
+        number = value.data_ptr() if isinstance(value, Tensor) else value
+        if not parameter.do_not_specialize and isinstance(number, int) and number % 16 == 0:
+            aligned.append(name)
+    return Build(fn, tuple(signature.items()), tuple(constants.items()), tuple(aligned), tuple(sorted(options.items())))
+
+
+def _type(value: Tensor | int | float) -> str:
+    if isinstance(value, Tensor):
+        return _TYPES[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+@functools.cache
+def compiled(b: Build) -> triton.compiler.CompiledKernel:
+    """``b`` for sm_89; Triton keeps it on disk for the next time."""
+    source = ASTSource(
+        fn=b.fn,
+        signature=dict(b.signature),
+        constexprs=dict(b.constants),
+        attrs={(b.fn.arg_names.index(name),): [["tt.divisibility", 16]] for name in b.aligned},
+    )
+    return triton.compile(source, target=TARGET, options=dict(b.options))
+
+
+@contextlib.contextmanager
+def replaced(launcher: Callable[..., Any], call: Callable[..., Any]) -> Iterator[None]:
+    """Within, ``kernel[grid](*args, **kwargs)`` of a launcher is ``call(kernel, grid, *args, **kwargs)``."""
+    module, name = KERNEL[launcher]
+    fn = getattr(module, name)
+
+    class Stand:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+            return functools.partial(call, fn, grid)
+
+    setattr(module, name, Stand())
+    try:
+        yield
+    finally:
+        setattr(module, name, fn)
+
+
+@dataclass(frozen=True)
+class Named:
+    """A build and what a table says of it: the kernel, what it multiplies or writes, and its configuration, where the
+    table in ``choice.py`` has one.
+    """
+
+    kernel: str
+    kind: str
+    config: matmul.Config | None
+    build: Build
+
+
+def builds() -> list[Named]:
+    """Every build that a launch on an Ada GPU can ask for with K a multiple of the step."""
+    found = [
+        _named(matmul.launch, kind, _matmul_arguments(kind, config))
+        for kind, config in choice.configurations("sm_89")
+    ]
+    words, scales = _weight(4096, 4096)
+    shift = _meta(4096, dtype=torch.uint8)
+    for kind, dtype in _DTYPES.items():
+        given = {"words": words, "scales": scales, "shift": shift, "n": 4096, "k": 4096, "dtype": dtype}
+        found.append(_named(expand.expand, kind, given))
+    x, gated, weight = _meta(16, 4096), _meta(16, 8192), _meta(4096)
+    found.append(_named(quantize.quantize_tokens, "none", {"x": x}))
+    found.append(_named(quantize.quantize_tokens, "rms_norm", {"x": x, "weight": weight}))
+    found.append(_named(quantize.quantize_tokens, "silu_and_mul", {"x": gated, "gated": True}))
+    return found
+
+
+def _named(launcher: Callable[..., Any], kind: str, given: dict[str, Any]) -> Named:
+    noted = []
+
+    def note(fn: JITFunction, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
+        noted.append(build(fn, *args, **kwargs))
+
+    with replaced(launcher, note):
+        launcher(**given)
+    (only,) = noted
+    return Named(KERNEL[launcher][1], kind, given.get("config"), only)
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def _weight(n: int, k: int) -> tuple[Tensor, Tensor]:
+    tiles = n // TILE_N, k // TILE_K
+    return _meta(*tiles, 32, 4, dtype=torch.int32), _meta(*tiles, 8, 2, dtype=torch.int32)
+
+
+def _matmul_arguments(kind: str, config: matmul.Config) -> dict[str, Any]:
+    m, n, k = config.m, 16 * config.n, 16 * config.slices * config.k
+    words, scales = _weight(n, k)
+    return {
+        "x": _meta(m, k, dtype=_DTYPES[kind]),
+        "words": words,
+        "scales": scales,
+        "row_scale": _meta(n, dtype=torch.float32),
+        "out": _meta(m, n, dtype=torch.float16 if kind == "fp16" else torch.bfloat16),
+        "config": config,
+        "x_scale": _meta(m, dtype=torch.float32) if kind == "fp8" else None,
+        "arrivals": _meta(matmul.blocks(config, m, n), dtype=torch.int32) if config.splits > 1 else None,
+    }
