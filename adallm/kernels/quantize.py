@@ -15,7 +15,7 @@ from adallm.kernels.dequant import fp8_order, round_e4m3
 
 
 # Longest row that a block keeps in registers; of a longer one it reads pieces, again for each pass, from the cache.
-_ONE_PIECE = 8192
+_ONE_PIECE = 4096
 _PIECE = 4096
 
 
@@ -66,19 +66,17 @@ def fp8_tokens(
             value = tl.load(x + piece * BLOCK + k, mask=piece * BLOCK + k < K, other=0.0).to(tl.float32)
             squares += value * value
         rstd = tl.math.rsqrt(tl.sum(squares) / K + eps)
-    amax = tl.zeros([BLOCK], dtype=tl.float32)
-    for piece in range(PIECES):
-        y = _input(x, weight, piece * BLOCK + k, K, rstd, INPUT)
-        amax = tl.maximum(amax, tl.abs(y))
+    y = _input(x, weight, k, K, rstd, INPUT)
+    amax = tl.abs(y)
+    for piece in range(1, PIECES):
+        amax = tl.maximum(amax, tl.abs(_input(x, weight, piece * BLOCK + k, K, rstd, INPUT)))
     s = tl.math.div_rn(tl.max(amax), 448.0)
     s = tl.where(s == 0, 1.0, s)
     tl.store(scale + row, s)
-    if PIECES == 1:
-        _write(y, s, data, k, K, BLOCK, ORDERED, FAST)
-    else:
-        for piece in range(PIECES):
-            y = _input(x, weight, piece * BLOCK + k, K, rstd, INPUT)
-            _write(y, s, data, piece * BLOCK + k, K, BLOCK, ORDERED, FAST)
+    _write(y, s, data, k, K, BLOCK, ORDERED, FAST)
+    for piece in range(1, PIECES):
+        y = _input(x, weight, piece * BLOCK + k, K, rstd, INPUT)
+        _write(y, s, data, piece * BLOCK + k, K, BLOCK, ORDERED, FAST)
 
 
 def quantize_tokens(
@@ -118,6 +116,6 @@ def quantize_tokens(
         INPUT="silu_and_mul" if gated else "none" if weight is None else "rms_norm",
         ORDERED=ordered,
         FAST=x.is_cuda,
-        num_warps=min(max(block // 512, 1), 8),
+        num_warps=16 if k > block else min(max(block // 512, 1), 16),
     )
     return data, scale

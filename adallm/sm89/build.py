@@ -138,8 +138,7 @@ class Named:
 def builds() -> list[Named]:
     """Every build that a launch on an Ada GPU can ask for with K a multiple of the step."""
     found = [
-        _named(matmul.launch, kind, _matmul_arguments(kind, config))
-        for kind, config in choice.configurations("sm_89")
+        _named(matmul.launch, kind, _matmul_arguments(kind, config)) for kind, config in choice.configurations("sm_89")
     ]
     words, scales = _weight(4096, 4096)
     shift = _meta(4096, dtype=torch.uint8)

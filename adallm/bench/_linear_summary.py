@@ -1,0 +1,129 @@
+"""Ratios from the rows of a ``linear`` record: the time of a peer over ours, above 1 where ours is faster.
+
+``vs_w4`` compares with the faster of the peers that read NVFP4 weights, ``vs_bf16`` with cuBLAS on BF16 weights. Only
+rows of the same shape and number of tokens M are compared.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from adallm.text import table
+
+OURS = ("adallm-w4a16", "adallm-w4a8")
+BF16, FP8 = "cublas-bf16", "scaled-mm-fp8"
+W4_PEERS = ("marlin", "humming")
+IMPLS = (*OURS, BF16, FP8, *W4_PEERS)
+
+# Name -> smallest and largest M. An M between two groups counts in the cases alone.
+GROUPS = {"M <= 16": (1, 16), "M 32..512": (32, 512), "M 1024": (1024, 1024), "M >= 4096": (4096, float("inf"))}
+AGAINST = {"vs_w4": "best W4 peer", "vs_bf16": "cuBLAS BF16"}
+
+
+def summary(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """What a record says, from its rows alone; three lists of flat mappings.
+
+    Returns:
+        ``cases``: ``shape``, ``m``, ``impl`` (one of ours), ``us``, ``w4_peer``, ``vs_w4``, ``vs_bf16``; None where the
+        peer has no row.
+        ``groups``: ``group``, ``impl``, ``against``, ``cases``, ``geomean``, ``minimum``, ``minimum_at``; a group
+        without a ratio is left out.
+        ``read_share``: ``shape``, ``impl``, ``share``: bytes a second of a gate_up layer at M = 1 over those of reading
+        alone.
+    """
+    rows = list(rows)
+    times = _times(rows)
+    cases = [_case(shape, m, impl, us) for (shape, m), us in times.items() for impl in OURS if impl in us]
+    return {"cases": cases, "groups": _groups(cases), "read_share": _read_share(rows)}
+
+
+def report(rows: Iterable[Mapping[str, Any]]) -> str:
+    """``summary`` as tables: times in us and ratios of each shape and M, then of the groups."""
+    rows = list(rows)
+    found = summary(rows)
+    ratios = {(case["shape"], case["m"], case["impl"]): case for case in found["cases"]}
+    lines = []
+    for (shape, m), us in _times(rows).items():
+        line = [shape, str(m), *(f"{us[impl]:.1f}" if impl in us else "-" for impl in IMPLS)]
+        for impl in OURS:
+            case = ratios.get((shape, m, impl), {})
+            line += [_ratio(case.get(against)) for against in AGAINST]
+        lines.append(line)
+    short = [f"{impl.removeprefix('adallm-')} {against}" for impl in OURS for against in AGAINST]
+    parts = [table(["shape", "M", *IMPLS, *short], lines, align="lr" + "r" * (len(IMPLS) + len(short)))]
+    groups = [
+        [g["group"], g["impl"], AGAINST[g["against"]], str(g["cases"]), _ratio(g["geomean"]), _ratio(g["minimum"])]
+        + [g["minimum_at"]]
+        for g in found["groups"]
+    ]
+    header = ["group", "impl", "against", "cases", "geomean", "minimum", "at"]
+    parts.append(table(header, groups, align="lllrrrl"))
+    shares = [[s["shape"], s["impl"], f"{s['share']:.1%}"] for s in found["read_share"]]
+    parts.append(table(["M = 1", "impl", "of read bandwidth"], shares, align="llr"))
+    return "\n\n".join(parts)
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _times(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, int], dict[str, float]]:
+    """(shape, M) -> implementation -> us, in the order of the rows."""
+    times: dict[tuple[str, int], dict[str, float]] = {}
+    for row in rows:
+        if row.get("shape") is not None:
+            times.setdefault((row["shape"], row["m"]), {})[row["impl"]] = row["us"]
+    return times
+
+
+def _case(shape: str, m: int, impl: str, us: Mapping[str, float]) -> dict[str, Any]:
+    peer = min((name for name in W4_PEERS if name in us), key=us.__getitem__, default=None)
+    return {
+        "shape": shape,
+        "m": m,
+        "impl": impl,
+        "us": us[impl],
+        "w4_peer": peer,
+        "vs_w4": us[peer] / us[impl] if peer else None,
+        "vs_bf16": us[BF16] / us[impl] if BF16 in us else None,
+    }
+
+
+def _groups(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    found = []
+    for group, (low, high) in GROUPS.items():
+        for impl in OURS:
+            for against in AGAINST:
+                chosen = [
+                    case
+                    for case in cases
+                    if case["impl"] == impl and low <= case["m"] <= high and case[against] is not None
+                ]
+                if not chosen:
+                    continue
+                worst = min(chosen, key=lambda case: case[against])
+                found.append(
+                    {
+                        "group": group,
+                        "impl": impl,
+                        "against": against,
+                        "cases": len(chosen),
+                        "geomean": statistics.geometric_mean(case[against] for case in chosen),
+                        "minimum": worst[against],
+                        "minimum_at": f"{worst['shape']} M={worst['m']}",
+                    }
+                )
+    return found
+
+
+def _read_share(rows: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    read = next((row["tb_s"] for row in rows if row["impl"] == "read"), None)
+    if read is None:
+        return []
+    return [
+        {"shape": row["shape"], "impl": row["impl"], "share": row["gb_s"] / (read * 1e3)}
+        for row in rows
+        if row["impl"] in (*OURS, *W4_PEERS) and row["m"] == 1 and row["shape"].endswith(".gate_up")
+    ]
