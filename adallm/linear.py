@@ -2,10 +2,14 @@
 
 The reference multiplies in FP32 and rounds once, to the dtype of ``x``. With ``activations="fp8"`` (W4A8), ``x`` is
 first rounded to E4M3 with one FP32 scale for a token; the product of the rounded values is exact up to FP32 summation.
+It keeps the weight exact, where the W4A8 kernels round it to E4M3 (``NVFP4Linear``).
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
 from adallm import fp8
@@ -60,19 +64,41 @@ class DenseLinear(ReferenceLinear):
 
 
 class NVFP4Linear(ReferenceLinear):
-    """A linear layer whose only copy of the weight is the packed one; it is expanded in each call.
+    """A linear layer whose only copy of the weight is the packed one.
 
-    Buffers: ``packed`` uint8 ``[N, K/2]``, ``scale`` float8_e4m3fn ``[N, K/16]``, ``global_scale`` float32 ``[]`` or
-    ``[N]``, ``divisor`` and ``bias`` or None.
+    On a CPU it holds the checkpoint's tensors and computes the reference, expanding the weight in each call. On a CUDA
+    GPU it holds the same numbers in the order of the kernels (``kernels/layout.py``, at most 4.6 bits a weight for the
+    shapes of real models) and runs those. Moving the layer between devices converts it, exactly in both directions.
+
+    W4A16: the products of 16-bit activations and exact weights are summed in FP32 and rounded once. W4A8: activations
+    become ``x8 = E4M3(x / s)`` with ``s`` for a token, and a weight ``w8 = E4M3(e2m1 * scale * 2^shift * 2^-7)``, a
+    power of two for each output row having brought its largest block scale into (224, 448]. The sums of ``x8 * w8`` are
+    multiplied by ``s`` and ``global_scale * 2^7 * 2^-shift``. E2M1 times a scale has up to six significant bits and
+    E4M3 four: ``w8`` is exact where the mantissa of the scale is 1, 1.25 or 1.5; for the other five, the magnitudes
+    1.5, 3 and 6 round, by 4.8% at most. Products below 2^-6 of a range that ends at 21 round in steps of 2^-9.
+
+    Buffers on a CPU: ``packed`` uint8 ``[N, K/2]``, ``scale`` float8_e4m3fn ``[N, K/16]``, ``global_scale`` float32
+    ``[]`` or ``[N]``, ``divisor``. On a GPU: ``words``, ``scales``, ``row_scale``, ``shift``, ``lost``, ``arrivals``,
+    ``global_scale``, ``divisor``. On both: ``bias`` or None.
     """
+
+    _CHECKPOINT = ("packed", "scale")
+    _KERNEL = ("words", "scales", "row_scale", "shift", "lost", "arrivals")
 
     def __init__(self, weight: NVFP4Tensor, bias: Tensor | None = None, *, activations: str = "bf16") -> None:
         if weight.packed.dim() != 2:
             raise ValueError(f"the weight is {list(weight.shape)}; it must be [N, K]")
+        devices = {t.device for t in (weight.packed, weight.scale, weight.global_scale, bias) if t is not None}
+        if len(devices) > 1:
+            raise ValueError(f"packed, scale, global_scale and bias are on {sorted(map(str, devices))}; it must be one")
         super().__init__(weight.shape[1], weight.shape[0], bias, activations)
         self.columns = weight.columns
         for name in ("packed", "scale", "global_scale", "divisor"):
             self.register_buffer(name, getattr(weight, name))
+        for name in self._KERNEL:
+            self.register_buffer(name, None)
+        self._alphas, self._stops = [], []
+        self._convert()
 
     @classmethod
     def from_tensors(
@@ -94,14 +120,155 @@ class NVFP4Linear(ReferenceLinear):
             activations: ``"bf16"`` (W4A16: 16-bit activations as they come) or ``"fp8"`` (W4A8).
 
         Raises:
-            ValueError: a shape or dtype that does not fit; it names the tensor and what is supported.
+            ValueError: a shape, dtype or device that does not fit, or on a GPU a weight or card that the kernels do not
+                serve; it names the tensor and what is supported.
         """
         return cls(NVFP4Tensor(packed, scale, global_scale), bias, activations=activations)
 
     @property
     def weight(self) -> NVFP4Tensor:
-        """The packed weight."""
-        return NVFP4Tensor(self.packed, self.scale, self.global_scale, self.divisor, self.columns)
+        """The packed weight, as the checkpoint has it."""
+        if self.words is None:
+            packed, scale = self.packed, self.scale
+        else:
+            from adallm.kernels import layout
+
+            packed, scale = layout.to_checkpoint(self._kernel_form())
+        return NVFP4Tensor(packed, scale, self.global_scale, self.divisor, self.columns)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the layer keeps: weight, scales and bias."""
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+    def path(self, m: int, dtype: torch.dtype = torch.bfloat16) -> str:
+        """What would run ``m`` tokens of ``dtype``: "reference", "expand + library" or the kernel's configuration."""
+        if self.words is None:
+            return "reference"
+        config, _ = self._plan(m, dtype)
+        if config is None:
+            return "expand + library"
+        c = config
+        return f"n{c.n} m{c.m} k{c.k} slices{c.slices} splits{c.splits} warps{c.warps} stages{c.stages}"
+
+    def scratch_bytes(self, m: int, dtype: torch.dtype = torch.bfloat16) -> int:
+        """Bytes that a call with ``m`` tokens allocates on a GPU beside its output, freed when it returns."""
+        if self.words is None:
+            return 4 * self.out_features * self.in_features
+        return self._plan(m, dtype)[1]
 
     def dense_weight(self) -> Tensor:
         return dequantize(self.weight)
+
+    def forward(self, x: Tensor, x_scale: Tensor | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
+        """``[..., K]`` to ``[..., N]``.
+
+        Args:
+            x: bfloat16 or float16; on a CPU float32 too. On a GPU also float8_e4m3fn, with ``x_scale``, from
+                ``kernels.quantize.quantize_tokens``: activations that another operation has quantized.
+            x_scale: float32 ``[...]``.
+            dtype: of the output, for float8_e4m3fn; bfloat16 by default. Otherwise it is that of ``x``.
+
+        Raises:
+            ValueError: a shape, dtype or device that does not fit.
+        """
+        if self.words is None:
+            if x_scale is not None or dtype is not None:
+                raise ValueError("x_scale and dtype belong to float8_e4m3fn activations, which are for a GPU")
+            if x.device != self.packed.device:
+                raise ValueError(f"x is on {x.device} and the layer on {self.packed.device}")
+            return super().forward(x)
+        dtype = self._check(x, x_scale, dtype)
+        shape = x.shape
+        x = x.reshape(-1, shape[-1])
+        if self.columns is not None:
+            x = nn.functional.pad(x, (0, -shape[-1] % 16))
+        # Rows of 16 bytes: what the kernels load at a time.
+        if x.stride(1) != 1 or x.stride(0) * x.element_size() % 16 or x.data_ptr() % 16:
+            x = x.contiguous() if not x.is_contiguous() else x.clone()
+        out = torch.ops.adallm.nvfp4_linear(
+            x,
+            None if x_scale is None else x_scale.reshape(-1),
+            self.words,
+            self.scales,
+            self.row_scale,
+            self.shift,
+            self.bias,
+            self.arrivals,
+            self.out_features,
+            self.activations == "fp8",
+            self._alphas,
+            self._stops,
+            dtype,
+        )
+        return out.view(*shape[:-1], self.out_features)
+
+    def _check(self, x: Tensor, x_scale: Tensor | None, dtype: torch.dtype | None) -> torch.dtype:
+        """The output's dtype."""
+        wanted = f"[..., {self.in_features}] on {self.words.device}"
+        if x.dim() < 1 or x.shape[-1] != self.in_features or x.device != self.words.device:
+            raise ValueError(f"x is {x.dtype} {list(x.shape)} on {x.device}; it must be {wanted}")
+        if x.dtype != torch.float8_e4m3fn:
+            if x.dtype not in (torch.bfloat16, torch.float16):
+                raise ValueError(f"x is {x.dtype}; supported on a GPU: bfloat16, float16")
+            if x_scale is not None or dtype is not None:
+                raise ValueError("x_scale and dtype belong to float8_e4m3fn activations")
+            return x.dtype
+        if self.activations != "fp8":
+            raise ValueError("x is float8_e4m3fn; that needs a layer with activations='fp8'")
+        if x_scale is None or x_scale.dtype != torch.float32 or x_scale.shape != x.shape[:-1]:
+            got = None if x_scale is None else f"{x_scale.dtype} {list(x_scale.shape)}"
+            raise ValueError(f"x_scale is {got}; it must be float32 {list(x.shape[:-1])}, one for a token")
+        if dtype not in (None, torch.bfloat16, torch.float16):
+            raise ValueError(f"dtype is {dtype}; supported: bfloat16, float16")
+        return dtype or torch.bfloat16
+
+    def _plan(self, m: int, dtype: torch.dtype) -> tuple[Any, int]:
+        from adallm.kernels import choice, ops
+
+        kind = "fp8" if self.activations == "fp8" else "fp16" if dtype == torch.float16 else "bf16"
+        size = (m, self.out_features, self._kernel_columns)
+        config = ops.chosen(*size, kind, dtype, self.bias is not None, choice.gpu(self.words.device.index))
+        return config, ops.scratch_bytes(config, *size, kind)
+
+    @property
+    def _kernel_columns(self) -> int:
+        return self.in_features + -self.in_features % 16
+
+    def _kernel_form(self):
+        from adallm.kernels import layout
+
+        return layout.Packed(
+            self.words, self.scales, self.row_scale, self.shift, self.lost, self.out_features, self._kernel_columns
+        )
+
+    def _convert(self) -> None:
+        """Into the form of the device that the buffers are on."""
+        if self.global_scale.is_cuda == (self.words is not None):
+            return
+        if self.global_scale.is_cuda:
+            from adallm.kernels import choice, layout, ops
+
+            choice.choose(
+                1, 16, 16, "fp8" if self.activations == "fp8" else "bf16", choice.gpu(self.packed.device.index)
+            )
+            packed = layout.from_checkpoint(NVFP4Tensor(self.packed, self.scale, self.global_scale))
+            self.packed = self.scale = None
+            for name in ("words", "scales", "row_scale", "shift", "lost"):
+                setattr(self, name, getattr(packed, name))
+            self.arrivals = torch.zeros(ops.ARRIVALS, dtype=torch.int32, device=self.words.device)
+            self._set_alphas()
+        else:
+            self.packed, self.scale = self.weight.packed, self.weight.scale
+            for name in self._KERNEL:
+                setattr(self, name, None)
+
+    def _set_alphas(self) -> None:
+        """Runs of rows that share a global scale, for the library's product, which takes one at a time."""
+        values, counts = torch.unique_consecutive(self.global_scale.expand(self.out_features), return_counts=True)
+        self._alphas, self._stops = values.tolist(), counts.cumsum(0).tolist()
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        self._convert()
+        return self

@@ -53,11 +53,11 @@ def report(rows: Iterable[Mapping[str, Any]]) -> str:
         lines.append(line)
     short = [f"{impl.removeprefix('adallm-')} {against}" for impl in OURS for against in AGAINST]
     parts = [table(["shape", "M", *IMPLS, *short], lines, align="lr" + "r" * (len(IMPLS) + len(short)))]
-    groups = [
-        [g["group"], g["impl"], AGAINST[g["against"]], str(g["cases"]), _ratio(g["geomean"]), _ratio(g["minimum"])]
-        + [g["minimum_at"]]
-        for g in found["groups"]
-    ]
+    groups = []
+    for g in found["groups"]:
+        against = AGAINST[g["against"]]
+        numbers = [str(g["cases"]), _ratio(g["geomean"]), _ratio(g["minimum"])]
+        groups.append([g["group"], g["impl"], against, *numbers, g["minimum_at"]])
     header = ["group", "impl", "against", "cases", "geomean", "minimum", "at"]
     parts.append(table(header, groups, align="lllrrrl"))
     shares = [[s["shape"], s["impl"], f"{s['share']:.1%}"] for s in found["read_share"]]

@@ -71,7 +71,7 @@ def cublas_bf16(weight: Weight, ms: Sequence[int], copies: Copies) -> Prepared:
 
 
 def scaled_mm_fp8(weight: Weight, ms: Sequence[int], copies: Copies) -> Prepared:
-    """``torch._scaled_mm`` of E4M3 activations, a scale a token, by an E4M3 weight, a scale a row; fast accumulation."""
+    """``torch._scaled_mm``: E4M3 activations and weight, scales by token and by row, fast accumulation."""
     w = fp8.quantize(weight.dense, granularity="row")
     weights = [w.data, *(w.data.clone() for _ in range(copies(w.nbytes) - 1))]
     row_scale = w.scale.view(1, -1)
@@ -124,7 +124,7 @@ def marlin(weight: Weight, ms: Sequence[int], copies: Copies) -> Prepared:
 
     nbytes = weight.nvfp4.nbytes
     layers = [layer() for _ in range(copies(nbytes))]
-    name = f"vLLM {importlib.metadata.version('vllm')} marlin_gemm"
+    name = f"{_named('vllm')} marlin_gemm"
     return Prepared([partial(call, module=m) for m in layers], nbytes, NVFP4_BITS, path=lambda m: name)
 
 
@@ -174,12 +174,12 @@ def humming(weight: Weight, ms: Sequence[int], copies: Copies) -> Prepared:
     chosen = needed_ranges(get_heuristics_config(meta, **compute), ms)
     texts = {"compute_config": json.dumps(compute), "tuning_config": json.dumps(chosen)}
     HummingKernel.prepare_kernels(meta.to_str(), texts["compute_config"], texts["tuning_config"])
-    version = importlib.metadata.version("humming-kernels")
+    name = _named("humming-kernels")
 
     def path(m: int) -> str:
         config = next(config for low, high, config in chosen if low < m <= high)
         block, warp = ("x".join(map(str, config[name])) for name in ("block_shape", "warp_shape"))
-        return f"Humming {version}, block {block}, warp {warp}, {config['num_stages']} stages"
+        return f"{name}, block {block}, warp {warp}, {config['num_stages']} stages"
 
     calls = [partial(HummingMethod.forward_layer, module, **texts) for module, _ in layers]
     return Prepared(calls, nbytes, NVFP4_BITS, path=path)
@@ -188,7 +188,7 @@ def humming(weight: Weight, ms: Sequence[int], copies: Copies) -> Prepared:
 def needed_ranges(entries: Sequence[Sequence[Any]], ms: Sequence[int]) -> list[list[Any]]:
     """The ``(low, high, value)`` with ``low < m <= high`` for one of ``ms``, stretched to cover all M without a gap.
 
-    Every one of ``ms`` still meets its own entry. Humming looks M = 1 up before any other, so that there must be no gap.
+    Every one of ``ms`` still meets its own entry. Humming looks up M = 1 before any other, so there must be no gap.
     """
     chosen: list[list[Any]] = []
     for low, high, value in entries:
@@ -196,6 +196,14 @@ def needed_ranges(entries: Sequence[Sequence[Any]], ms: Sequence[int]) -> list[l
             chosen.append([chosen[-1][1] if chosen else 0, high, value])
     chosen[-1][1] = 1 << 30
     return chosen
+
+
+def _named(distribution: str) -> str:
+    """A package and its version; the name alone for one that is on the path without being installed."""
+    try:
+        return f"{distribution} {importlib.metadata.version(distribution)}"
+    except importlib.metadata.PackageNotFoundError:
+        return distribution
 
 
 def _module(**tensors: Tensor) -> nn.Module:

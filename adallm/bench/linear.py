@@ -1,12 +1,11 @@
 """NVFP4 linear layers on one GPU: ours, vLLM's Marlin, Humming, cuBLAS BF16 and FP8, in one run.
 
 Times are medians of CUDA-graph replays over enough copies of the weight that the L2 cache serves none again, with all
-implementations of a shape and M one after the other. Each is compared with FP32 on the dequantized weight first: ours
-must be within its limit or the run stops, a peer above 1e-2 has a note in its row. W4A8 is timed with the quantization of
-its activations, ``scaled-mm-fp8`` with activations that are quantized already; ``activation_quant`` says so in each row.
+implementations of a shape and M one after the other. Each is compared with FP32 on the dequantized weight first: the
+run stops if ours is beyond its limit, and a peer above 1e-2 has a note in its row. W4A8 is timed with the quantization
+of its activations, ``scaled-mm-fp8`` with activations that are quantized already: ``activation_quant`` in each row.
 
-``gb_s`` counts the weight in its format, the activations as given and the output. Rows and their meaning: ``linear`` in
-the records; ``summary`` computes the ratios.
+``gb_s`` counts the weight in its format, the activations as given and the output; ``summary`` computes the ratios.
 """
 
 from __future__ import annotations
@@ -57,6 +56,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if min(options.m) < 1:
         parser.error("--m must be at least 1")
     options.m = sorted(set(options.m))
+    options.models, options.layers = list(dict.fromkeys(options.models)), list(dict.fromkeys(options.layers))
     return options
 
 
@@ -119,9 +119,9 @@ def run(
             record.write()
     if left:
         print(f"left out, as the budget of {options.budget:g} s is spent; --append takes them up: {_listed(left)}")
-    if len(left) < len(cases) or not cases:
-        path = record.write()
-        print(f"\n{report(record.rows)}\n\nwrote {os.path.relpath(path)}")
+    if len(left) < len(cases):
+        print(f"wrote {os.path.relpath(record.write())}")
+    print(f"\n{report(record.rows)}")
     return 0
 
 

@@ -1,34 +1,217 @@
-"""Which configuration runs a product, from (M, N, K, GPU) and what is multiplied; nothing else."""
+"""Which path runs a product: a table for each GPU family, read by (M, N, K, GPU) and by what is multiplied, "bf16",
+"fp16" or "fp8". Nothing else decides.
+
+A table is a list of rows; the first whose ``m`` is not below M applies. A row without a configuration is for a library:
+the weight is expanded into a scratch buffer in front of its matrix product. In rows for few tokens, which read memory
+most of the time, the first configuration that gives each multiprocessor two blocks is taken, K being split until it has
+three. In rows for more tokens each configuration has a time, and the product with the least of this is taken::
+
+    ceil(blocks * splits / multiprocessors) * us * K / (4096 * splits) + what adding up the splits takes
+
+"sm_90" was tuned on an H100. "sm_89" was chosen from the instruction counts of ``adallm bench sm89`` and has not been
+measured on an Ada card; it fits the 99 KB of shared memory of every GPU from sm_80 on and serves unknown ones too.
+``adallm bench tune`` measures the GPU at hand; what it writes into the user's cache directory goes before the table.
+"""
 
 from __future__ import annotations
 
-from adallm.kernels.matmul import Config
+import dataclasses
+import functools
+import json
+import os
+from pathlib import Path
 
-# Per family and kind: rows of (largest M, configurations from the largest tile to the smallest).
-TABLES: dict[str, dict[str, tuple[tuple[int, tuple[Config, ...]], ...]]] = {
-    "sm_89": {
-        "bf16": (
-            (8, (Config(64, 8, 64, 4, 1, 4, 3), Config(32, 8, 128, 4, 1, 4, 3), Config(16, 8, 128, 4, 1, 4, 3))),
-            (16, (Config(64, 16, 64, 4, 1, 4, 3), Config(32, 16, 64, 4, 1, 4, 3))),
-            (64, (Config(128, 32, 64, 1, 1, 4, 3), Config(64, 32, 64, 1, 1, 4, 4))),
-            (1 << 30, (Config(128, 128, 64, 1, 1, 8, 3), Config(128, 64, 64, 1, 1, 4, 3))),
-        ),
-        "fp8": (
-            (16, (Config(64, 16, 128, 1, 1, 4, 4),)),
-            (64, (Config(128, 32, 128, 1, 1, 4, 3), Config(64, 32, 128, 1, 1, 4, 4))),
-            (1 << 30, (Config(128, 128, 128, 1, 1, 8, 3), Config(128, 64, 128, 1, 1, 4, 3))),
-        ),
-    },
+import torch
+
+from adallm.kernels.matmul import Config, blocks
+from adallm.results import slug
+
+# Blocks for each multiprocessor: at least, or the next configuration is tried; at most, by splitting K.
+_FILLED, _SPLIT_TO = 2, 3
+# Splits cost a fixed time in us, and their FP32 sums are written and read at this many bytes a us.
+_SPLIT_US, _SPLIT_BYTES = 2.0, 3.5e6
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """For up to ``m`` tokens.
+
+    Attributes:
+        configs: from the largest tile to the smallest, ``splits`` being the most that are tried.
+        us: for each, the time of a block over 4096 columns on a multiprocessor that it shares; empty for few tokens.
+    """
+
+    m: int
+    configs: tuple[Config, ...]
+    us: tuple[float, ...] = ()
+
+
+ANY = 1 << 62
+
+# fmt: off
+_SM_90_16 = (
+    #            n    m    k  slices splits warps stages
+    Row(8,    (Config(64,  8,   256, 1, 1, 4, 3), Config(16, 8, 128, 4, 1, 4, 4))),
+    Row(16,   (Config(64,  16,  128, 1, 6, 4, 4),)),
+    Row(32,   (Config(64,  32,  128, 1, 6, 4, 4),)),
+    Row(64,   (Config(64,  64,  128, 1, 4, 4, 3),)),
+    Row(128,  (Config(128, 128, 64,  1, 4, 8, 4), Config(64, 128, 64, 1, 4, 4, 4)), (29.5, 16.5)),
+    Row(256,  (Config(128, 256, 64,  1, 4, 8, 4), Config(128, 128, 64, 1, 4, 8, 4), Config(64, 128, 64, 1, 2, 4, 4)),
+              (44.5, 29.5, 16.5)),
+    Row(1024, (Config(128, 256, 64,  1, 4, 8, 3), Config(64, 256, 64, 1, 2, 4, 3)), (45.5, 28.5)),
+    Row(ANY,  ()),
+)
+_SM_90_8 = (
+    Row(8,    (Config(64,  8,   256, 1, 6, 4, 3),)),
+    Row(16,   (Config(64,  16,  256, 1, 6, 4, 3),)),
+    Row(32,   (Config(64,  32,  256, 1, 6, 4, 3),)),
+    Row(64,   (Config(64,  64,  256, 1, 4, 4, 3),)),
+    Row(128,  (Config(64,  128, 128, 1, 4, 4, 4), Config(64, 64, 128, 1, 4, 4, 4)), (12.5, 9.0)),
+    Row(256,  (Config(64,  256, 128, 1, 4, 4, 3), Config(64, 128, 128, 1, 4, 4, 4)), (18.7, 11.9)),
+    Row(2048, (Config(128, 256, 128, 1, 3, 8, 3), Config(64, 256, 128, 1, 1, 4, 3)), (30.2, 16.9)),
+    Row(ANY,  ()),
+)
+_SM_89_16 = (
+    Row(8,    (Config(64,  8,   64,  4, 1, 4, 3), Config(32, 8, 128, 4, 1, 4, 3), Config(16, 8, 128, 4, 1, 4, 3))),
+    Row(16,   (Config(64,  16,  64,  4, 1, 4, 3), Config(32, 16, 64, 4, 2, 4, 3))),
+    Row(64,   (Config(128, 32,  64,  1, 2, 4, 3), Config(64, 32, 64, 1, 4, 4, 4))),
+    Row(1024, (Config(128, 64,  64,  1, 2, 4, 3), Config(64, 32, 64, 1, 4, 4, 4))),
+    Row(ANY,  ()),
+)
+_SM_89_8 = (
+    Row(16,   (Config(128, 16,  128, 1, 2, 4, 3), Config(64, 16, 128, 1, 6, 4, 3))),
+    Row(64,   (Config(128, 32,  128, 1, 2, 4, 3), Config(64, 32, 128, 1, 4, 4, 3))),
+    Row(ANY,  (Config(128, 64,  128, 1, 2, 4, 3), Config(64, 32, 128, 1, 4, 4, 3))),
+)
+# fmt: on
+TABLES = {
+    "sm_90": {"bf16": _SM_90_16, "fp16": _SM_90_16, "fp8": _SM_90_8},
+    "sm_89": {"bf16": _SM_89_16, "fp16": _SM_89_16, "fp8": _SM_89_8},
+    "sm_80": {"bf16": _SM_89_16, "fp16": _SM_89_16},
 }
-for _family in TABLES.values():
-    _family["fp16"] = _family["bf16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class GPU:
+    """What a choice depends on: ``family`` is a key of ``TABLES``, ``slug`` names the user's own table."""
+
+    family: str
+    sms: int
+    slug: str
+
+
+@functools.cache
+def gpu(device: int) -> GPU:
+    """The CUDA device with this index.
+
+    Raises:
+        ValueError: older than sm_80.
+    """
+    properties = torch.cuda.get_device_properties(device)
+    capability = (properties.major, properties.minor)
+    if capability < (8, 0):
+        raise ValueError(
+            f"{properties.name} is sm_{properties.major}{properties.minor}; the NVFP4 kernels need sm_80 or newer"
+        )
+    family = "sm_90" if capability == (9, 0) else "sm_89" if capability >= (8, 9) else "sm_80"
+    return GPU(family, properties.multi_processor_count, slug(properties.name))
+
+
+def choose(m: int, n: int, k: int, kind: str, gpu: GPU) -> Config | None:
+    """The configuration for ``[M, K]`` tokens and a weight ``[N, K]``, or None for the library.
+
+    Raises:
+        ValueError: a kind that the family has no tensor cores for.
+    """
+    table = TABLES[gpu.family]
+    if kind not in table:
+        raise ValueError(
+            f"{gpu.slug} has no FP8 tensor cores, which activations='fp8' needs; supported there: activations='bf16'"
+        )
+    for row in (*tuned(gpu.slug).get((kind, n, k), ()), *table[kind]):
+        if m <= row.m:
+            return pick(row, m, n, k, gpu.sms)
+    raise AssertionError(f"the table of {gpu.family} ends before M = {m}")
+
+
+def pick(row: Row, m: int, n: int, k: int, sms: int) -> Config | None:
+    """A row's configuration, with its splits, for a GPU of ``sms`` multiprocessors; None of none."""
+    if row.us:
+        options = [
+            (dataclasses.replace(config, splits=splits), us)
+            for config, us in zip(row.configs, row.us, strict=True)
+            for splits in range(1, max(min(config.splits, _steps(config, k) // 2), 1) + 1)
+        ]
+        return min(options, key=lambda option: _estimate(*option, m, n, k, sms))[0]
+    chosen = None
+    for config in row.configs:
+        count = blocks(config, m, n)
+        splits = max(min(config.splits, _SPLIT_TO * sms // count, _steps(config, k) // 2), 1)
+        chosen = dataclasses.replace(config, splits=splits)
+        if count * splits >= _FILLED * sms:
+            break
+    return chosen
+
+
+def _steps(config: Config, k: int) -> int:
+    return -(-k // (config.slices * config.k))
+
+
+def _estimate(config: Config, us: float, m: int, n: int, k: int, sms: int) -> float:
+    waves = -(-blocks(config, m, n) * config.splits // sms)
+    time = waves * us * k / (4096 * config.splits)
+    return time if config.splits == 1 else time + _SPLIT_US + config.splits * m * n * 8 / _SPLIT_BYTES
 
 
 def configurations(family: str) -> list[tuple[str, Config]]:
-    """Every (kind, configuration) that the table of a family can choose; splits is 1 or, where it may be more, 2."""
+    """Every (kind, configuration) that the table of a family can choose, ``splits`` being 1 or, split at all, 2."""
     found = []
     for kind, rows in TABLES[family].items():
-        for _, configs in rows:
-            for config in configs:
-                found += [(kind, config), (kind, Config(**{**vars(config), "splits": 2}))]
+        for config in (config for row in rows for config in row.configs):
+            found.append((kind, dataclasses.replace(config, splits=1)))
+            if config.splits > 1:
+                found.append((kind, dataclasses.replace(config, splits=2)))
     return list(dict.fromkeys(found))
+
+
+def cache_file(slug: str) -> Path:
+    """Where ``adallm bench tune`` keeps a GPU's table: ``$XDG_CACHE_HOME/adallm/tune/<slug>.json``."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "adallm" / "tune" / f"{slug}.json"
+
+
+@functools.cache
+def tuned(slug: str) -> dict[tuple[str, int, int], tuple[Row, ...]]:
+    """Rows by (kind, N, K) that ``adallm bench tune`` measured on a GPU; none where it never ran.
+
+    Raises:
+        ValueError: the file is not what ``write_tuned`` writes; it names the file.
+    """
+    path = cache_file(slug)
+    if not path.is_file():
+        return {}
+    try:
+        entries = json.loads(path.read_text())["entries"]
+        return {
+            (e["kind"], e["n"], e["k"]): tuple(
+                Row(r["m"], tuple(Config(**c) for c in r["configs"]), tuple(r["us"])) for r in e["rows"]
+            )
+            for e in entries
+        }
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a tuning table ({error}); delete it, or run adallm bench tune again") from None
+
+
+def write_tuned(slug: str, table: dict[tuple[str, int, int], tuple[Row, ...]]) -> Path:
+    """Replace a GPU's table in the user's cache directory."""
+    path = cache_file(slug)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    entries = [
+        {"kind": kind, "n": n, "k": k, "rows": [dataclasses.asdict(row) for row in rows]}
+        for (kind, n, k), rows in table.items()
+    ]
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({"entries": entries}, indent=1) + "\n")
+    partial.replace(path)
+    tuned.cache_clear()
+    return path

@@ -94,8 +94,8 @@ _ASM_PAIRS_FP16 = tl.constexpr(_asm_pairs("f16x2", _FP16_BIT))
 _OUT_16 = tl.constexpr("=&r,=&r,=&r,=&r" + _INPUTS)
 _OUT_8 = tl.constexpr("=&r,=&r" + _INPUTS)
 
-# A scale byte in the exponent and mantissa of a 16-bit float: s * 2^7 in FP16. In BF16, whose exponent has three bits more,
-# those are set and give s * 2^119. That meets the 2^-14 or 2^-126 of the codes.
+# A scale byte in the exponent and mantissa of a 16-bit float: s * 2^7 in FP16. In BF16, whose exponent has three bits
+# more, those are set and give s * 2^119. That meets the 2^-14 or 2^-126 of the codes.
 _ASM_SCALE_EVEN = tl.constexpr(
     "{ .reg .b32 a; shl.b32 $0, $1, 4; mov.b32 a, 0x70007000; lop3.b32 $0, $0, 0x0FF00FF0, a, 0xEA; }"
 )
@@ -127,10 +127,20 @@ def _kk_scales(words, KIND: tl.constexpr):
     kk = _kk()
     two = tl.where(kk % 2 == 0, even, odd)
     low = tl.inline_asm_elementwise(
-        "{ .reg .b16 a, b; mov.b32 {a, b}, $1; mov.b32 $0, {a, a}; }", "=r,r", [two], dtype=tl.int32, is_pure=True, pack=1
+        "{ .reg .b16 a, b; mov.b32 {a, b}, $1; mov.b32 $0, {a, a}; }",
+        "=r,r",
+        [two],
+        dtype=tl.int32,
+        is_pure=True,
+        pack=1,
     )
     high = tl.inline_asm_elementwise(
-        "{ .reg .b16 a, b; mov.b32 {a, b}, $1; mov.b32 $0, {b, b}; }", "=r,r", [two], dtype=tl.int32, is_pure=True, pack=1
+        "{ .reg .b16 a, b; mov.b32 {a, b}, $1; mov.b32 $0, {b, b}; }",
+        "=r,r",
+        [two],
+        dtype=tl.int32,
+        is_pure=True,
+        pack=1,
     )
     return tl.where(kk < 2, low, high)
 

@@ -65,7 +65,5 @@ def expand(words: Tensor, scales: Tensor, shift: Tensor, n: int, k: int, dtype: 
     out = torch.empty(n, k, dtype=dtype, device=words.device)
     kind = "bf16" if dtype == torch.bfloat16 else "fp16"
     grid = (triton.cdiv(words.shape[0], _R), triton.cdiv(words.shape[1], _C))
-    nvfp4_expand[grid](
-        words, scales, shift, out, n, k, R=_R, C=_C, KIND=kind, FAST=words.is_cuda, num_warps=_WARPS
-    )
+    nvfp4_expand[grid](words, scales, shift, out, n, k, R=_R, C=_C, KIND=kind, FAST=words.is_cuda, num_warps=_WARPS)
     return out

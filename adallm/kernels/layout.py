@@ -3,27 +3,27 @@
 ``w[n, k] = e2m1 * scale * row_scale[n]``, with the codes of a checkpoint in another order and the row's power of two
 moved from its block scales into ``row_scale``. Both are exact, and ``to_checkpoint`` undoes them bit for bit.
 
-**Codes.** ``words`` is int32 ``[N16, K64, 32, 4]``: tiles of 16 rows and 64 columns, 128 words each. Lane ``4 g + t`` of
-a warp owns four consecutive words (one 16-byte load), word ``kk`` for the columns ``16 kk ..`` of the tile. Its eight
-codes are those that the lane holds of a 16x16 operand A of ``mma.m16n8k16`` and ``wgmma.m64nNk16`` alike::
+**Codes.** ``words`` is int32 ``[N16, K64, 32, 4]``: tiles of 16 rows and 64 columns, 128 words each. Lane ``4 g + t``
+of a warp owns four consecutive words (one 16-byte load), word ``kk`` for the columns ``16 kk ..`` of the tile. Its
+eight codes are those that the lane holds of a 16x16 operand A of ``mma.m16n8k16`` and ``wgmma.m64nNk16`` alike::
 
     row = g + 8 rh        column = 16 kk + 8 kh + 2 t + kl        rh, kh, kl in 0..1
 
 ``kl`` picks the half of the word. A half is four signs, then four magnitudes of three bits; those of pair ``2 kh + rh``
-stand at ``SIGN_BIT`` and from ``MAGNITUDE_BIT`` up. Shifted and masked to the sign, the two low exponent bits and the top
-mantissa bit of a 16-bit float, they are ``e2m1 * 2^-126`` in BF16 or ``e2m1 * 2^-14`` in FP16, subnormals included. Of
-all arrangements this one takes the fewest instructions of the integer unit, which is what limits the kernel on Hopper:
-six masks and a right shift for eight BF16 values, since left shifts run as multiplications elsewhere.
+stand at ``SIGN_BIT`` and from ``MAGNITUDE_BIT`` up. Shifted and masked to the sign, the two low exponent bits and the
+top mantissa bit of a 16-bit float, they are ``e2m1 * 2^-126`` in BF16 or ``e2m1 * 2^-14`` in FP16, subnormals included.
+Of all arrangements this one takes the fewest instructions of the integer unit, which is what limits the kernel on
+Hopper: six masks and a right shift for eight BF16 values, since left shifts run as multiplications elsewhere.
 
 **Scales.** ``scales`` is int32 ``[N16, K64, 8, 2]``, indexed by ``g`` and ``rh``: the bytes of the row's blocks
-``kk = 0..3``, lowest byte first. A byte is five bits of exponent and three of mantissa, ``2^(e - 37) * (1 + m / 8)`` or 0
-for ``e = m = 0``: E4M3 without sign and subnormals, its exponents such that the byte, moved to the right place, is the
-scale in FP16 (times 2^7) and, with three bits more, in BF16. Before that, each row's scales are multiplied by the
+``kk = 0..3``, lowest byte first. A byte is five bits of exponent and three of mantissa, ``2^(e - 22) * (1 + m / 8)`` or
+0 for ``e = m = 0``: E4M3 without sign and subnormals, its exponents such that the byte, moved to the right place, is
+the scale in FP16 (times 2^7) and, with three bits more, in BF16. Before that, each row's scales are multiplied by the
 largest power of two that keeps them within E4M3 (the largest lands above 224), and ``row_scale`` is divided by it, so
 that FP8 products have the whole range. Nothing is rounded.
 
-A block whose scale is 0 has its codes set to 0, since in BF16 a scale of 0 has no bits of its own; what they were is kept
-in ``Packed.lost``. ModelOpt writes such blocks, with codes 7 and 15, where a scale underflows.
+A block whose scale is 0 has its codes set to 0, since in BF16 a scale of 0 has no bits of its own; what they were is
+kept in ``Packed.lost``. ModelOpt writes such blocks, with codes 7 and 15, where a scale underflows.
 
 N is padded to a multiple of 16 and K to one of 64, with zeros.
 """
@@ -95,7 +95,9 @@ def check(weight: NVFP4Tensor) -> None:
     if not n or not k or n % 16:
         raise ValueError(f"the weight is {list(weight.shape)}; supported on a GPU: [N, K], both multiples of 16")
     if int(weight.scale.view(torch.uint8).max()) >= _E4M3_NAN:
-        raise ValueError("a block scale is negative or NaN; supported on a GPU: finite block scales that are not negative")
+        raise ValueError(
+            "a block scale is negative or NaN; supported on a GPU: finite block scales that are not negative"
+        )
 
 
 @torch.no_grad()
@@ -135,7 +137,7 @@ def from_checkpoint(weight: NVFP4Tensor) -> Packed:
 
 @torch.no_grad()
 def to_checkpoint(p: Packed) -> tuple[Tensor, Tensor]:
-    """``packed`` uint8 ``[N, K/2]`` and ``scale`` float8_e4m3fn ``[N, K/16]``: the bytes that ``from_checkpoint`` took."""
+    """``packed`` uint8 ``[N, K/2]`` and ``scale`` float8_e4m3fn ``[N, K/16]``, byte for byte as they were."""
     half = torch.stack((p.words & 0xFFFF, p.words >> 16 & 0xFFFF), -1)
     codes = torch.stack([half >> s & 1 for s in SIGN_BIT], -1) << 3
     codes |= torch.stack([half >> m & 7 for m in MAGNITUDE_BIT], -1)

@@ -5,8 +5,8 @@ thread's loads and its fragment are the same 16 bytes and nothing is exchanged b
 
 One kernel, two shapes. With ``SLICES`` above 1 each warp has its own slice of K and the warps' sums meet once, at the
 end: for few tokens, when a block should read much of few rows. With ``SLICES = 1`` the warps share a tile: for many
-tokens. Several blocks (``splits``) can share an output tile along K; each writes FP32 sums to a workspace, and the one that comes
-last adds them in order, so that the result does not depend on who that was.
+tokens. Several blocks (``splits``) can share an output tile along K; each writes FP32 sums to a workspace, and the one
+that comes last adds them in order, so that the result does not depend on who that was.
 """
 
 from __future__ import annotations
@@ -66,6 +66,57 @@ def _pack(acc, R: tl.constexpr, BM: tl.constexpr):
     return tl.inline_asm_elementwise(_ASM_PACK, "=r,r,r", [low, high], dtype=tl.int32, is_pure=True, pack=1)
 
 
+@triton.jit
+def _columns(
+    x,
+    words,
+    scales,
+    in_m,
+    in_n,
+    chunk,
+    chunk_s,
+    column,
+    chunks,
+    K,
+    first,
+    last,
+    SLICES: tl.constexpr,
+    R: tl.constexpr,
+    BM: tl.constexpr,
+    C: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    KIND: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """The products of steps ``first`` to ``last``, ``[16 R, BM]`` or one for each slice."""
+    words += first * (SLICES * C * 128)
+    scales += first * (SLICES * C * 16)
+    x += first * (SLICES * C * 64)
+    acc = tl.zeros([R * 16, BM] if SLICES == 1 else [SLICES, R * 16, BM], dtype=tl.float32)
+    for step in range(first, last):
+        # The words are loaded last: of the layouts that the loads ask for, the compiler takes that of the last.
+        if EVEN_K:
+            tokens = tl.load(x, mask=in_m, other=0.0)
+            scale = tl.load(scales, mask=in_n, other=0)
+            word = tl.load(words, mask=in_n, other=0)
+        else:
+            left = chunks - step * (SLICES * C)
+            tokens = tl.load(x, mask=in_m & (column < K - step * (SLICES * C * 64)), other=0.0)
+            scale = tl.load(scales, mask=in_n & (chunk_s < left), other=0)
+            word = tl.load(words, mask=in_n & (chunk < left), other=0)
+        words += SLICES * C * 128
+        scales += SLICES * C * 16
+        x += SLICES * C * 64
+        weight = operand(word, scale, SLICES, R, C, KIND, FAST)
+        if SLICES == 1:
+            weight = tl.reshape(weight, [R * 16, C * 64])
+        if FAST:
+            acc = tl.dot(weight, tokens, acc)
+        else:
+            acc = tl.dot(weight, tokens.to(tl.float32), acc, input_precision="ieee")
+    return acc
+
+
 @triton.jit(do_not_specialize=["M", "splits"])
 def nvfp4_matmul(
     x,
@@ -120,7 +171,6 @@ def nvfp4_matmul(
         words += tile[:, None] * (chunks * 128) + tl.arange(0, C * 128)[None, :]
         scales += tile[:, None] * (chunks * 16) + tl.arange(0, C * 16)[None, :]
         x += m[None, :].to(tl.int64) * x_stride + column
-        acc = tl.zeros([R * 16, BM], dtype=tl.float32)
         in_n = (tile < n_tiles)[:, None]
         in_m = (m < M)[None, :]
     else:
@@ -131,42 +181,60 @@ def nvfp4_matmul(
         words += (tile[None, :, None] * chunks + slice_[:, None, None] * C) * 128 + tl.arange(0, C * 128)[None, None, :]
         scales += (tile[None, :, None] * chunks + slice_[:, None, None] * C) * 16 + tl.arange(0, C * 16)[None, None, :]
         x += m[None, None, :].to(tl.int64) * x_stride + column
-        acc = tl.zeros([SLICES, R * 16, BM], dtype=tl.float32)
         in_n = (tile < n_tiles)[None, :, None]
         in_m = (m < M)[None, None, :]
-    words += first * (SLICES * C * 128)
-    scales += first * (SLICES * C * 16)
-    x += first * (SLICES * C * 64)
-
     if PROMOTE:
+        # The FP8 tensor core of Hopper keeps about 14 bits of a running sum, which is why it is taken out now and then.
+        # Not a for loop: that would be fused with the one inside, which takes too many registers.
         total = tl.zeros([R * 16, BM // 2], dtype=tl.int32)
-
-    for step in range(first, last):
-        if EVEN_K:
-            tokens = tl.load(x, mask=in_m, other=0.0)
-            scale = tl.load(scales, mask=in_n, other=0)
-            word = tl.load(words, mask=in_n, other=0)
-        else:
-            left = chunks - step * (SLICES * C)
-            tokens = tl.load(x, mask=in_m & (column < K - step * (SLICES * C * 64)), other=0.0)
-            scale = tl.load(scales, mask=in_n & (chunk_s < left), other=0)
-            word = tl.load(words, mask=in_n & (chunk < left), other=0)
-        words += SLICES * C * 128
-        scales += SLICES * C * 16
-        x += SLICES * C * 64
-        weight = operand(word, scale, SLICES, R, C, KIND, FAST)
-        if SLICES == 1:
-            weight = tl.reshape(weight, [R * 16, C * 64])
-        if FAST:
-            acc = tl.dot(weight, tokens, acc)
-            if PROMOTE:
-                if (step - first) % PROMOTE == PROMOTE - 1:
-                    total = _pack(acc + _unpack(total, R, BM), R, BM)
-                    acc = tl.zeros([R * 16, BM], dtype=tl.float32)
-        else:
-            acc = tl.dot(weight, tokens.to(tl.float32), acc, input_precision="ieee")
-    if PROMOTE:
-        acc += _unpack(total, R, BM)
+        start = first
+        while start < last:
+            acc = _columns(
+                x,
+                words,
+                scales,
+                in_m,
+                in_n,
+                chunk,
+                chunk_s,
+                column,
+                chunks,
+                K,
+                start,
+                tl.minimum(start + PROMOTE, last),
+                SLICES,
+                R,
+                BM,
+                C,
+                EVEN_K,
+                KIND,
+                FAST,
+            )
+            total = _pack(acc + _unpack(total, R, BM), R, BM)
+            start += PROMOTE
+        acc = _unpack(total, R, BM)
+    else:
+        acc = _columns(
+            x,
+            words,
+            scales,
+            in_m,
+            in_n,
+            chunk,
+            chunk_s,
+            column,
+            chunks,
+            K,
+            first,
+            last,
+            SLICES,
+            R,
+            BM,
+            C,
+            EVEN_K,
+            KIND,
+            FAST,
+        )
     if SLICES > 1:
         acc = tl.sum(acc, axis=0)
 
@@ -182,7 +250,7 @@ def nvfp4_matmul(
         done = before == splits - 1
         if done:
             acc = tl.zeros([R * 16, BM], dtype=tl.float32)
-            for i in range(0, splits):
+            for i in range(splits):
                 acc += tl.load(partial + i * M.to(tl.int64) * N + at, mask=inside, other=0.0, cache_modifier=".cg")
             tl.store(arrivals + pid, 0)
     if done:
@@ -204,6 +272,13 @@ _CHECKED: set[str] = set()
 def blocks(config: Config, m: int, n: int) -> int:
     """Output tiles, each with a counter of its own where ``splits`` is above 1."""
     return triton.cdiv(triton.cdiv(n, TILE_N), config.n // TILE_N) * triton.cdiv(m, config.m)
+
+
+def promote(config: Config, k: int) -> int:
+    """Steps after which FP8 sums leave the tensor core, or 0 where K is too short for that."""
+    step = config.slices * config.k
+    columns = triton.cdiv(triton.cdiv(k, step), config.splits) * step
+    return PROMOTE_COLUMNS // step if columns > PROMOTE_COLUMNS else 0
 
 
 def launch(
@@ -255,7 +330,7 @@ def launch(
         C=config.k // TILE_K,
         SLICES=config.slices,
         SPLIT=config.splits > 1,
-        PROMOTE=PROMOTE_COLUMNS // step if fast and x.dtype == torch.float8_e4m3fn and k > PROMOTE_COLUMNS else 0,
+        PROMOTE=promote(config, k) if fast and x_scale is not None else 0,
         GROUP=GROUP,
         EVEN_K=k % step == 0,
         KIND=KINDS[x.dtype],

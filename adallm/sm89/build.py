@@ -40,7 +40,7 @@ _TYPES = {
     torch.int32: "*i32",
     torch.uint8: "*u8",
 }
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def builds() -> list[Named]:
     ]
     words, scales = _weight(4096, 4096)
     shift = _meta(4096, dtype=torch.uint8)
-    for kind, dtype in _DTYPES.items():
+    for kind, dtype in DTYPES.items():
         given = {"words": words, "scales": scales, "shift": shift, "n": 4096, "k": 4096, "dtype": dtype}
         found.append(_named(expand.expand, kind, given))
     x, gated, weight = _meta(16, 4096), _meta(16, 8192), _meta(4096)
@@ -177,7 +177,7 @@ def _matmul_arguments(kind: str, config: matmul.Config) -> dict[str, Any]:
     m, n, k = config.m, 16 * config.n, 16 * config.slices * config.k
     words, scales = _weight(n, k)
     return {
-        "x": _meta(m, k, dtype=_DTYPES[kind]),
+        "x": _meta(m, k, dtype=DTYPES[kind]),
         "words": words,
         "scales": scales,
         "row_scale": _meta(n, dtype=torch.float32),

@@ -21,7 +21,7 @@ from adallm.kernels.dequant import check_registers
 from adallm.kernels.layout import TILE_K, TILE_N
 from adallm.kernels.matmul import Config
 from adallm.sm89 import sass
-from adallm.sm89.build import Named, builds, compiled
+from adallm.sm89.build import Named, compiled
 
 # The limits of an SM are the same for every Ada GPU.
 ADA = GPUS["RTX 4090"]

@@ -10,18 +10,16 @@ from pathlib import Path
 
 import triton
 
-# What an instruction's name, before the first dot, says about where it runs. All of the first two take two clocks of a
-# scheduler's 16 lanes, save FP32 arithmetic: 16-bit pairs occupy both halves of the FMA pipe, and IMAD one of them.
-ALU = frozenset(
-    "BMSK BREV F2FP FMNMX FSEL FSET FSETP HMNMX2 HSETP2 IABS IADD IADD3 IMNMX ISETP LEA LOP LOP3 MOV P2R PLOP3 PRMT R2P "
-    "SEL SGXT SHF SHL SHR VABSDIFF VIADD VIMNMX VOTE".split()
-)
-FMA = frozenset("FADD FFMA FMUL HADD2 HFMA2 HMUL2 IDP IMAD IMUL".split())
-TENSOR = frozenset("BMMA HMMA IMMA QMMA".split())
-MEMORY = frozenset(
-    "ATOM ATOMG ATOMS CCTL LD LDC LDG LDGDEPBAR LDGSTS LDL LDS LDSM MEMBAR RED SHFL ST STG STL STS ULDC".split()
-)
-PIPES = {"alu": ALU, "fma": FMA, "tensor": TENSOR, "memory": MEMORY}
+# Where an instruction runs, by its name up to the first dot. ALU and FMA have 16 lanes for each scheduler, so that a
+# warp takes two clocks, save FP32 arithmetic: 16-bit pairs occupy both halves of the FMA pipe, and IMAD has only one.
+PIPES = {
+    "alu": "BMSK BREV F2FP FMNMX FSEL FSET FSETP HMNMX2 HSETP2 IABS IADD IADD3 IMNMX ISETP LEA LOP LOP3 MOV P2R PLOP3 "
+    "PRMT R2P SEL SGXT SHF SHL SHR VABSDIFF VIADD VIMNMX VOTE",
+    "fma": "FADD FFMA FMUL HADD2 HFMA2 HMUL2 IDP IMAD IMUL",
+    "tensor": "BMMA HMMA IMMA QMMA",
+    "memory": "ATOM ATOMG ATOMS CCTL LD LDC LDG LDGDEPBAR LDGSTS LDL LDS LDSM MEMBAR RED SHFL ST STG STL STS ULDC",
+}
+PIPE = {name: pipe for pipe, names in PIPES.items() for name in names.split()}
 
 _LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(\S.*?)\s*;", re.MULTILINE)
 _PREDICATE = re.compile(r"^@!?U?P\w+\s+")
@@ -57,7 +55,7 @@ def opcode(body: str) -> str:
 
 def mma(bodies: Iterable[str]) -> list[str]:
     """The tensor-core instructions, as ``"HMMA.16816.F32.BF16"``."""
-    return [body.split(maxsplit=1)[0] for body in bodies if opcode(body) in TENSOR]
+    return [body.split(maxsplit=1)[0] for body in bodies if PIPE.get(opcode(body)) == "tensor"]
 
 
 def _target(instruction: tuple[int, str]) -> int | None:
@@ -81,8 +79,7 @@ def pipes(bodies: Iterable[str]) -> dict[str, int]:
     """Instructions for each pipe of ``PIPES``, and ``other``: branches, barriers, the uniform pipe."""
     counts = dict.fromkeys([*PIPES, "other"], 0)
     for body in bodies:
-        name = opcode(body)
-        counts[next((pipe for pipe, names in PIPES.items() if name in names), "other")] += 1
+        counts[PIPE.get(opcode(body), "other")] += 1
     return counts
 
 

@@ -1,0 +1,114 @@
+"""The kernels as operators of torch: ``torch.ops.adallm.nvfp4_linear`` and ``torch.ops.adallm.fp8_tokens``.
+
+They are registered with fake implementations, so that ``torch.compile`` sees shapes and dtypes and leaves the rest
+alone, and they allocate their output and scratch through torch's allocator, so that CUDA graphs can hold them.
+Arguments are checked by the modules that call them.
+
+``arrivals`` counts blocks that share an output tile and is zero again when a call ends: to a caller the operators
+change nothing. Two calls on the same weight must not run at the same time on two streams.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from adallm.kernels import choice
+from adallm.kernels.dequant import VALUE_POWER
+from adallm.kernels.expand import expand
+from adallm.kernels.matmul import KINDS, Config, launch
+from adallm.kernels.quantize import quantize_tokens
+
+# Output tiles that can be split, which is done while they are few.
+ARRIVALS = 4096
+
+_LIBRARY = torch.library.Library("adallm", "FRAGMENT")
+_LIBRARY.define(
+    "nvfp4_linear(Tensor x, Tensor? x_scale, Tensor words, Tensor scales, Tensor row_scale, Tensor shift, "
+    "Tensor? bias, Tensor arrivals, int n, bool fp8, float[] alphas, int[] stops, ScalarType dtype) -> Tensor"
+)
+_LIBRARY.define(
+    "fp8_tokens(Tensor x, Tensor? weight, float eps, bool gated, bool ordered) -> (Tensor, Tensor)",
+)
+
+
+def chosen(m: int, n: int, k: int, kind: str, dtype: torch.dtype, bias: bool, gpu: choice.GPU) -> Config | None:
+    """The configuration, or None for the library, whose FP8 product takes no bias and gives BF16 only."""
+    config = choice.choose(m, n, k, kind, gpu)
+    if config is None and kind == "fp8" and (bias or dtype != torch.bfloat16):
+        row = [row for row in choice.TABLES[gpu.family][kind] if row.configs][-1]
+        config = choice.pick(row, m, n, k, gpu.sms)
+    return config
+
+
+def scratch_bytes(config: Config | None, m: int, n: int, k: int, kind: str) -> int:
+    """Bytes that a call allocates beside its output: sums of split tiles, FP8 tokens, or the expanded weight."""
+    tokens = m * (k + 4) if kind == "fp8" else 0
+    if config is None:
+        return tokens + n * k * (1 if kind == "fp8" else 2)
+    return tokens + (config.splits * m * n * 4 if config.splits > 1 else 0)
+
+
+def _linear(
+    x: Tensor,
+    x_scale: Tensor | None,
+    words: Tensor,
+    scales: Tensor,
+    row_scale: Tensor,
+    shift: Tensor,
+    bias: Tensor | None,
+    arrivals: Tensor,
+    n: int,
+    fp8: bool,
+    alphas: list[float],
+    stops: list[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    m, k = x.shape
+    out = torch.empty(m, n, dtype=dtype, device=x.device)
+    if not m:
+        return out
+    if fp8 and x_scale is None:
+        x, x_scale = quantize_tokens(x)
+    config = chosen(m, n, k, KINDS[x.dtype], dtype, bias is not None, choice.gpu(x.device.index))
+    if config is not None:
+        launch(x, words, scales, row_scale, out, config, x_scale=x_scale, bias=bias, arrivals=arrivals)
+        return out
+    weight = expand(words, scales, shift, n, k, x.dtype)
+    if fp8:
+        return torch._scaled_mm(
+            x,
+            weight.t(),
+            scale_a=x_scale[:, None],
+            scale_b=(row_scale * VALUE_POWER.value)[None, :],
+            out_dtype=dtype,
+            use_fast_accum=False,
+        )
+    start = 0
+    for alpha, stop in zip(alphas, stops, strict=True):
+        part = out[:, start:stop]
+        if bias is not None:
+            part.copy_(bias[start:stop])
+        # alpha is applied to the FP32 sums: rounded once, as everywhere.
+        torch.addmm(part, x, weight[start:stop].t(), beta=0 if bias is None else 1, alpha=alpha, out=part)
+        start = stop
+    return out
+
+
+def _tokens(x: Tensor, weight: Tensor | None, eps: float, gated: bool, ordered: bool) -> tuple[Tensor, Tensor]:
+    return quantize_tokens(x, weight=weight, eps=eps, gated=gated, ordered=ordered)
+
+
+_LIBRARY.impl("nvfp4_linear", _linear, "CUDA")
+_LIBRARY.impl("fp8_tokens", _tokens, "CUDA")
+
+
+@torch.library.register_fake("adallm::nvfp4_linear", lib=_LIBRARY)
+def _(x, x_scale, words, scales, row_scale, shift, bias, arrivals, n, fp8, alphas, stops, dtype):
+    return x.new_empty(x.shape[0], n, dtype=dtype)
+
+
+@torch.library.register_fake("adallm::fp8_tokens", lib=_LIBRARY)
+def _(x, weight, eps, gated, ordered):
+    k = x.shape[1] // 2 if gated else x.shape[1]
+    return x.new_empty(x.shape[0], k, dtype=torch.float8_e4m3fn), x.new_empty(x.shape[0], dtype=torch.float32)

@@ -1,0 +1,250 @@
+"""The kernels against arithmetic in FP64: interpreted on a CPU, compiled on a GPU."""
+
+import itertools
+
+import pytest
+import torch
+
+from adallm import fp8, nvfp4
+from adallm.kernels import layout, matmul
+from adallm.kernels.expand import expand
+from adallm.kernels.matmul import Config, launch
+from adallm.kernels.quantize import quantize_tokens
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+ORDER = torch.tensor(layout.FP8_COLUMNS)
+
+# Sliced and tiled, one split and several, one tile of K and two.
+CONFIGS = [
+    Config(16, 8, 64, 2, 1, 2, 2),
+    Config(32, 8, 128, 4, 1, 4, 3),
+    Config(64, 16, 64, 1, 1, 4, 3),
+    Config(64, 32, 128, 1, 3, 4, 2),
+    Config(128, 16, 64, 1, 2, 4, 3),
+]
+# Odd M, N and K that no tile divides, one token, less than a tile.
+SHAPES = [(1, 16, 16), (3, 48, 80), (17, 80, 208), (33, 144, 528)]
+
+
+def packed(n, k, *, integers=False):
+    """A weight; with ``integers`` its values, and so all sums below 2^24, are exact in any order."""
+    if integers:
+        codes = torch.randint(0, 16, (n, k), dtype=torch.uint8)
+        scale = torch.full((n, k // 16), 2.0).to(torch.float8_e4m3fn)
+        t = nvfp4.NVFP4Tensor(nvfp4.pack(codes), scale, torch.tensor(1.0))
+    else:
+        t = nvfp4.quantize(torch.randn(n, k) * torch.exp2(torch.randint(-4, 5, (n, 1)).float()))
+    t = t.to(DEVICE)
+    return t, layout.from_checkpoint(t)
+
+
+def run(x, p, config, *, x_scale=None, bias=None, dtype=None):
+    m, n = x.shape[0], p.n
+    out = torch.full((m, n), float("nan"), dtype=dtype or x.dtype, device=DEVICE)
+    arrivals = torch.zeros(matmul.blocks(config, m, n), dtype=torch.int32, device=DEVICE)
+    launch(x, p.words, p.scales, p.row_scale, out, config, x_scale=x_scale, bias=bias, arrivals=arrivals)
+    assert not arrivals.any()
+    return out
+
+
+def error(out, expected):
+    return float((out.double() - expected).norm() / expected.norm())
+
+
+def fp8_weight(p):
+    """The E4M3 weight of W4A8, its columns in their own order, FP64."""
+    values = expand(p.words, p.scales, p.shift, p.n, p.k, torch.float8_e4m3fn).float()
+    plain = torch.empty_like(values).view(p.n, -1, 16)
+    plain[..., ORDER.to(DEVICE)] = values.view(p.n, -1, 16)
+    return plain.view(p.n, p.k).double() * (p.row_scale.double() * 2**7)[:, None]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_w4a16_bit_for_bit_where_sums_are_exact(config, shape, dtype):
+    m, n, k = shape
+    t, p = packed(n, k, integers=True)
+    x = torch.randint(-4, 5, (m, k), device=DEVICE).to(dtype)
+    bias = torch.randint(-8, 9, (n,), device=DEVICE).to(dtype)
+    expected = x.double() @ nvfp4.dequantize(t).double().T + bias.double()
+    assert torch.equal(run(x, p, config, bias=bias), expected.to(dtype))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_w4a16_is_rounded_once(config, dtype):
+    t, p = packed(80, 208)
+    x = torch.randn(9, 208, device=DEVICE).to(dtype)
+    expected = x.double() @ nvfp4.dequantize(t).double().T
+    assert error(run(x, p, config), expected) <= (2e-3 if dtype == torch.bfloat16 else 3e-4)
+
+
+@pytest.mark.parametrize("config", [c for c in CONFIGS if c.slices == 1], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_w4a8_against_the_same_operands(config, dtype):
+    t, p = packed(80, 208)
+    x = torch.randn(17, 208, device=DEVICE).to(dtype)
+    data, scale = quantize_tokens(x)
+    out = run(data, p, config, x_scale=scale, dtype=dtype)
+    operands = fp8.quantize(x.float(), granularity="token")
+    values = fp8.dequantize(operands).double()
+    assert error(out, values @ fp8_weight(p).T) <= 2e-3
+    assert error(out, x.double() @ nvfp4.dequantize(t).double().T) <= 4e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("k", [2048, 4096, 25600])
+@pytest.mark.parametrize(
+    "config",
+    [Config(64, 64, 128, 1, 1, 4, 3), Config(64, 64, 256, 1, 3, 4, 3), Config(128, 256, 128, 1, 1, 8, 3)],
+    ids=str,
+)
+def test_w4a8_of_long_sums(k, config):
+    """Sums stay in the FP8 tensor core for ``PROMOTE_COLUMNS`` only: at 25600 columns its own error would be 4e-3."""
+    _, p = packed(256, k)
+    x = torch.randn(256, k, device=DEVICE, dtype=torch.bfloat16)
+    data, scale = quantize_tokens(x)
+    values = fp8.dequantize(fp8.quantize(x, granularity="token")).double()
+    out = run(data, p, config, x_scale=scale, dtype=torch.bfloat16)
+    assert error(out, values @ fp8_weight(p).T) <= 2e-3
+
+
+def test_promotion_is_by_the_columns_of_a_split():
+    assert matmul.promote(Config(64, 64, 128, 1, 1, 4, 3), 2048) == 0
+    assert matmul.promote(Config(64, 64, 128, 1, 1, 4, 3), 2064) == 16
+    assert matmul.promote(Config(64, 64, 256, 1, 1, 4, 3), 4096) == 8
+    assert matmul.promote(Config(64, 64, 256, 1, 2, 4, 3), 4096) == 0
+
+
+def test_infinity_and_nan_reach_their_token_only():
+    _, p = packed(48, 80)
+    x = torch.randn(4, 80, device=DEVICE).bfloat16()
+    clean = run(x, p, CONFIGS[0])
+    x[1, 3] = float("nan")
+    x[2, 5] = float("inf")
+    out = run(x, p, CONFIGS[0])
+    assert out[1].isnan().all()
+    assert not out[2].isfinite().any()
+    assert torch.equal(out[[0, 3]], clean[[0, 3]])
+
+
+def test_strided_input_and_output():
+    t, p = packed(48, 80)
+    x = torch.randn(5, 160, device=DEVICE).bfloat16()[:, :80]
+    wide = torch.full((5, 96), float("nan"), dtype=torch.bfloat16, device=DEVICE)
+    launch(x, p.words, p.scales, p.row_scale, wide[:, :48], CONFIGS[0])
+    assert error(wide[:, :48], x.double() @ nvfp4.dequantize(t).double().T) <= 3e-3
+    assert wide[:, 48:].isnan().all()
+
+
+@pytest.mark.parametrize(("n", "k"), [(16, 16), (48, 80), (80, 208), (144, 528)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_expansion_is_exact(n, k, dtype):
+    t, p = packed(n, k)
+    unscaled = nvfp4.NVFP4Tensor(t.packed, t.scale, torch.ones((), device=DEVICE))
+    assert torch.equal(expand(p.words, p.scales, p.shift, n, k, dtype).float(), nvfp4.dequantize(unscaled))
+
+
+def every_product():
+    """All codes times all scales: 16 rows, 126 blocks; the largest scale leaves the others unshifted."""
+    scale = torch.arange(126, 0, -1, dtype=torch.uint8).repeat(16, 1)
+    bytes_ = torch.tensor([i | (i ^ 9) << 4 for i in range(16)], dtype=torch.uint8)
+    packed_ = torch.stack([bytes_.roll(r)[:8].repeat(126) for r in range(16)])
+    t = nvfp4.NVFP4Tensor(packed_, scale.contiguous().view(torch.float8_e4m3fn), torch.tensor(1.0)).to(DEVICE)
+    return t, layout.from_checkpoint(t)
+
+
+def test_expansion_of_every_product_of_a_code_and_a_scale():
+    t, p = every_product()
+    exact = nvfp4.dequantize(t)
+    assert torch.equal(expand(p.words, p.scales, p.shift, p.n, p.k, torch.bfloat16).float(), exact)
+    assert torch.equal(expand(p.words, p.scales, p.shift, p.n, p.k, torch.float16).float(), exact)
+    eight = expand(p.words, p.scales, p.shift, p.n, p.k, torch.float8_e4m3fn).float()
+    expected = fp8.to_e4m3(exact / 2**7).float().view(p.n, -1, 16)[..., ORDER.to(DEVICE)].reshape(p.n, p.k)
+    assert torch.equal(eight, expected)
+
+
+def test_what_w4a8_rounds_and_by_how_much():
+    """Exact for mantissas 1, 1.25 and 1.5; magnitudes 1.5, 3 and 6 of the others round, by 4.8% at most."""
+    t, p = every_product()
+    exact, rounded = nvfp4.dequantize(t).double(), fp8_weight(p)
+    normal = exact.abs() >= 2.0**7 * 2.0**-6
+    relative = ((rounded - exact).abs() / exact.abs()).nan_to_num()
+    mantissa = (t.scale.view(torch.uint8) & 7).repeat_interleave(16, 1)
+    magnitude = nvfp4.unpack(t.packed) & 7
+    inexact = torch.isin(magnitude, torch.tensor([3, 5, 7], device=DEVICE)) & ~torch.isin(
+        mantissa, torch.tensor([0, 2, 4], device=DEVICE)
+    )
+    assert bool((relative[normal & ~inexact] == 0).all())
+    assert bool((relative[normal & inexact] > 0).all())
+    assert float(relative[normal].max()) <= 0.048
+    assert float((rounded - exact).abs()[~normal].max()) <= 2.0**7 * 2.0**-10
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("m", "k"), [(1, 16), (3, 48), (5, 208), (2, 4096), (2, 4112)])
+def test_tokens_are_those_of_the_reference(dtype, m, k):
+    x = torch.randn(m, 2 * k, device=DEVICE).to(dtype)[:, :k]
+    x[0] = 0
+    data, scale = quantize_tokens(x, ordered=True)
+    expected = fp8.quantize(x, granularity="token")
+    assert torch.equal(scale, expected.scale.flatten())
+    assert torch.equal(data.float(), expected.data.float())
+    in_order = quantize_tokens(x)[0].float().view(m, -1, 16)
+    assert torch.equal(in_order, data.float().view(m, -1, 16)[..., ORDER.to(DEVICE)])
+
+
+@pytest.mark.parametrize(("m", "k"), [(3, 48), (2, 4112)])
+def test_tokens_fused_with_rms_norm_and_with_silu(m, k):
+    x, weight = torch.randn(m, k, device=DEVICE).bfloat16(), torch.randn(k, device=DEVICE).bfloat16()
+    y = x.double() * torch.rsqrt((x.double() ** 2).mean(-1, keepdim=True) + 1e-5) * weight.double()
+    gated = torch.randn(m, 2 * k, device=DEVICE).bfloat16()
+    z = torch.nn.functional.silu(gated[:, :k].double()) * gated[:, k:].double()
+    for got, expected in (
+        (quantize_tokens(x, weight=weight, eps=1e-5, ordered=True), y),
+        (quantize_tokens(gated, gated=True, ordered=True), z),
+    ):
+        data, scale = got
+        torch.testing.assert_close(scale.double(), expected.abs().amax(-1) / 448, rtol=1e-6, atol=0)
+        steps = expected / scale.double()[:, None]
+        # Half a step of E4M3, and a little for a value that FP32 puts on the other side of a midpoint.
+        assert bool(((data.double() - steps).abs() <= steps.abs() * (2**-4 + 1e-5) + 2**-10).all())
+        assert error(data.double() * scale.double()[:, None], expected) <= 4e-2
+
+
+def test_tokens_with_nan_and_without_any():
+    x = torch.randn(3, 64, device=DEVICE).bfloat16()
+    x[1, 7] = float("nan")
+    data, scale = quantize_tokens(x, ordered=True)
+    assert (data[1].float() * scale[1]).isnan().any()
+    assert not (data[[0, 2]].float()).isnan().any()
+    assert [t.shape for t in quantize_tokens(x[:0])] == [(0, 64), (0,)]
+
+
+def test_results_do_not_change_from_run_to_run():
+    _, p = packed(144, 528)
+    x = torch.randn(33, 528, device=DEVICE).bfloat16()
+    for config in CONFIGS:
+        first = run(x, p, config)
+        assert all(torch.equal(run(x, p, config), first) for _ in range(3 if CUDA else 1))
+
+
+def test_registers_in_another_order_are_noticed():
+    from adallm.kernels.dequant import check_registers
+
+    bases = "[0, 0, 0, 0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 0, 0, 1, 0, 0]"
+    line = 'tt.elementwise_inline_asm "" {packed_element = 8 : i32} %a : tensor<2xi32, #b> -> tensor<2x2xbf16, #linear>'
+    check_registers(f"#linear = #ttg.linear<{{register = [{bases}, [1]], lane = []}}>\n{line}\n")
+    swapped = ", ".join(reversed(bases.split("], ["))).join(("[", "]"))
+    for text in (f"#linear = #ttg.linear<{{register = [{swapped}], lane = []}}>\n{line}", "no such operation"):
+        with pytest.raises(RuntimeError, match=r"lays out the registers .* supported: Triton 3\.6 and 3\.7"):
+            check_registers(text)
+
+
+def test_blocks_cover_the_output():
+    for (m, n, _), config in itertools.product(SHAPES, CONFIGS):
+        count = matmul.blocks(config, m, n)
+        assert count * config.m * config.n >= m * n
+        assert (count - 1) * config.m * config.n < (m + config.m) * (n + config.n)

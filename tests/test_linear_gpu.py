@@ -1,0 +1,203 @@
+"""``NVFP4Linear`` on a GPU, and its operators; what needs no GPU runs interpreted."""
+
+import pytest
+import torch
+
+from adallm import fp8, nvfp4
+from adallm.kernels import choice, layout, ops
+from adallm.linear import NVFP4Linear
+
+GPU = choice.GPU("sm_90", 4, "test")
+
+
+def tensors(n, k, device="cuda", *, rows=False, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    t = nvfp4.quantize(torch.randn(n, k, generator=g)).to(device)
+    scale = t.global_scale
+    if rows:  # three shards of a fused layer
+        factor = torch.tensor([1.0, 0.37, 3.1]).repeat_interleave(n // 3)
+        scale = scale * torch.cat((factor, factor.new_full((n - len(factor),), 0.011))).to(device)
+    return t.packed, t.scale, scale
+
+
+def error(y, expected):
+    return float((y.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("activations", ["bf16", "fp8"])
+@pytest.mark.parametrize("m", [1, 7, 40, 130])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_operator_on_every_row_of_the_table(monkeypatch, activations, m, bias):
+    monkeypatch.setattr(choice, "gpu", lambda index: GPU)
+    table = {kind: (*(r for r in rows if r.m <= 128), choice.Row(choice.ANY, ())) for kind, rows in TABLES.items()}
+    monkeypatch.setitem(choice.TABLES, "sm_90", table if activations == "bf16" else TABLES)
+    packed, scale, global_scale = tensors(480, 272, "cpu", rows=True)
+    t = nvfp4.NVFP4Tensor(packed, scale, global_scale)
+    p = layout.from_checkpoint(t)
+    b = torch.randn(480).bfloat16() if bias else None
+    x = torch.randn(m, 272).bfloat16()
+    arrivals = torch.zeros(ops.ARRIVALS, dtype=torch.int32)
+    values, counts = torch.unique_consecutive(global_scale, return_counts=True)
+    y = ops._linear(
+        x,
+        None,
+        p.words,
+        p.scales,
+        p.row_scale,
+        p.shift,
+        b,
+        arrivals,
+        480,
+        activations == "fp8",
+        values.tolist(),
+        counts.cumsum(0).tolist(),
+        torch.bfloat16,
+    )
+    expected = x.double() @ nvfp4.dequantize(t).double().T + (0 if b is None else b.double())
+    assert error(y, expected) <= (2e-3 if activations == "bf16" else 4e-2)
+    assert not arrivals.any()
+
+
+TABLES = choice.TABLES["sm_90"]
+
+
+def test_the_operator_without_tokens():
+    p = layout.from_checkpoint(nvfp4.NVFP4Tensor(*tensors(48, 80, "cpu")))
+    empty = torch.empty(0, 80).bfloat16()
+    args = (p.words, p.scales, p.row_scale, p.shift, None, None, 48, False, [1.0], [48], torch.bfloat16)
+    assert ops._linear(empty, None, *args).shape == (0, 48)
+
+
+def on_gpu(n=320, k=1088, *, activations="bf16", bias=False, rows=False, dtype=torch.bfloat16):
+    packed, scale, global_scale = tensors(n, k, rows=rows)
+    b = torch.randn(n, device="cuda").to(dtype) if bias else None
+    layer = NVFP4Linear.from_tensors(packed, scale, global_scale, b, activations=activations)
+    weight = nvfp4.dequantize(nvfp4.NVFP4Tensor(packed, scale, global_scale)).double()
+    return layer, weight, b
+
+
+LIMIT = {("bf16", torch.bfloat16): 2e-3, ("bf16", torch.float16): 3e-4, ("fp8", torch.bfloat16): 4e-2}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "shape", [(1088,), (1, 1088), (2, 3, 1088), (33, 1088), (200, 1088), (700, 1088), (5000, 1088)]
+)
+@pytest.mark.parametrize(("activations", "dtype"), LIMIT)
+@pytest.mark.parametrize("bias", [False, True])
+def test_against_fp64(shape, activations, dtype, bias):
+    layer, weight, b = on_gpu(activations=activations, bias=bias, rows=True, dtype=dtype)
+    x = torch.randn(shape, device="cuda").to(dtype)
+    y = layer(x)
+    assert y.dtype == dtype
+    assert y.shape == (*shape[:-1], 320)
+    assert error(y, x.double() @ weight.T + (0 if b is None else b.double())) <= LIMIT[activations, dtype]
+    assert not layer.arrivals.any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("n", "k"), [(16, 16), (48, 80), (2048, 2064), (6144, 4096), (4096, 12288)])
+@pytest.mark.parametrize("m", [1, 16, 64, 300])
+def test_shapes(n, k, m):
+    layer, weight, _ = on_gpu(n, k)
+    x = torch.randn(m, k, device="cuda").bfloat16()
+    assert error(layer(x), x.double() @ weight.T) <= (2e-3 if n * m > 4000 else 4e-3)
+
+
+@pytest.mark.gpu
+def test_no_tokens_and_views():
+    layer, weight, _ = on_gpu()
+    assert layer(torch.empty(0, 1088, device="cuda").bfloat16()).shape == (0, 320)
+    wide = torch.randn(6, 3000, device="cuda").bfloat16()
+    for x in (wide[:, :1088], wide[:, 1:1089], wide[::2, :1088], torch.randn(1088, 6, device="cuda").bfloat16().t()):
+        assert error(layer(x), x.double() @ weight.T) <= 2.5e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activations", ["bf16", "fp8"])
+def test_compiled_and_in_a_graph_and_deterministic(activations):
+    layer, _, _ = on_gpu(activations=activations)
+    x = torch.randn(9, 1088, device="cuda").bfloat16()
+    y = layer(x)
+    assert all(torch.equal(layer(x), y) for _ in range(5))
+    assert torch.equal(torch.compile(layer, fullgraph=True)(x), y)
+    graph = torch.cuda.CUDAGraph()
+    static = torch.randn_like(x)
+    with torch.cuda.graph(graph):
+        out = layer(static)
+    static.copy_(x)
+    graph.replay()
+    assert torch.equal(out, y)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activations", ["bf16", "fp8"])
+def test_the_operators_keep_torchs_rules(activations):
+    layer, _, _ = on_gpu(activations=activations)
+    x = torch.randn(3, 1088, device="cuda").bfloat16()
+    args = (x, None, layer.words, layer.scales, layer.row_scale, layer.shift, None, layer.arrivals, 320)
+    rest = (activations == "fp8", layer._alphas, layer._stops, torch.bfloat16)
+    torch.library.opcheck(torch.ops.adallm.nvfp4_linear.default, (*args, *rest))
+    torch.library.opcheck(torch.ops.adallm.fp8_tokens.default, (x, None, 1e-6, False, False))
+
+
+@pytest.mark.gpu
+def test_tokens_that_are_fp8_already():
+    layer, _, _ = on_gpu(activations="fp8")
+    x = torch.randn(2, 5, 1088, device="cuda").bfloat16()
+    data, scale = torch.ops.adallm.fp8_tokens(x.view(-1, 1088), None, 1e-6, False, False)
+    assert torch.equal(layer(data.view(2, 5, 1088), scale.view(2, 5)), layer(x))
+    assert layer(data, scale, dtype=torch.float16).dtype == torch.float16
+
+
+@pytest.mark.gpu
+def test_there_and_back_between_devices():
+    packed, scale, global_scale = tensors(48, 80, "cpu")
+    layer = NVFP4Linear.from_tensors(packed, scale, global_scale)
+    x = torch.randn(3, 80).bfloat16()
+    before = layer(x)
+    layer.to("cuda")
+    assert layer.packed is None
+    assert error(layer(x.cuda()).cpu(), before.double()) <= 4e-3
+    assert torch.equal(layer.weight.packed.cpu(), packed)
+    layer.cpu()
+    assert torch.equal(layer(x), before)
+    assert torch.equal(layer.packed, packed)
+
+
+@pytest.mark.gpu
+def test_memory():
+    layer, _, _ = on_gpu(4096, 4096)
+    assert 8 * layer.nbytes / 4096**2 <= 4.6
+    assert layer.scratch_bytes(8192) == 2 * 4096**2
+    x = torch.randn(8192, 4096, device="cuda").bfloat16()
+    layer(x[:1])
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    y = layer(x)
+    assert torch.cuda.max_memory_allocated() - before <= layer.scratch_bytes(8192) + y.nbytes + 2**21
+
+
+@pytest.mark.gpu
+def test_bad_arguments_on_a_gpu():
+    layer, _, _ = on_gpu()
+    eight, _, _ = on_gpu(activations="fp8")
+    good = torch.randn(2, 1088, device="cuda").bfloat16()
+    data, scale = fp8.to_e4m3(good), torch.ones(2, device="cuda")
+    for call, match in (
+        (lambda: layer(good.float()), r"x is torch.float32; supported on a GPU: bfloat16, float16"),
+        (lambda: layer(good[:, :1087]), r"x is torch.bfloat16 \[2, 1087\] on cuda:0; it must be \[\.\.\., 1088\]"),
+        (lambda: layer(good.cpu()), r"on cpu; it must be .* on cuda:0"),
+        (lambda: layer(data, scale), r"float8_e4m3fn; that needs a layer with activations='fp8'"),
+        (lambda: eight(data), r"x_scale is None; it must be float32 \[2\]"),
+        (lambda: eight(data, scale[:1]), r"x_scale is torch.float32 \[1\]; it must be float32 \[2\]"),
+        (lambda: eight(data, scale, dtype=torch.float32), r"dtype is torch.float32; supported: bfloat16, float16"),
+        (lambda: on_gpu(24, 64), r"the weight is \[24, 64\]; supported on a GPU: .* multiples of 16"),
+        (
+            lambda: NVFP4Linear.from_tensors(*tensors(16, 16), torch.zeros(16)),
+            r"packed, scale, global_scale and bias are on \['cpu', 'cuda:0'\]",
+        ),
+    ):
+        with pytest.raises(ValueError, match=match):
+            call()

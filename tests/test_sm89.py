@@ -1,0 +1,250 @@
+"""The kernels as an Ada GPU runs them: every build read back, the parser, and the PTX on a GPU."""
+
+import contextlib
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+from triton.runtime.jit import JITFunction
+
+from adallm.kernels import choice, matmul
+from adallm.kernels.expand import expand
+from adallm.kernels.matmul import Config
+from adallm.kernels.quantize import quantize_tokens
+from adallm.sm89 import build, check, counts, driver, sass
+
+CONFIGURATIONS = choice.configurations("sm_89")
+MMA = {"bf16": "HMMA.16816.F32.BF16", "fp16": "HMMA.16816.F32", "fp8": "QMMA.16832.F32.E4M3.E4M3"}
+
+
+@pytest.mark.slow
+def test_every_build(monkeypatch):
+    # One test, so that one process compiles them; and the other process does not interpret because this one does.
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    found = counts.measured()
+    products = [c for c in found if c.config is not None]
+    assert [(c.kind, c.config) for c in products] == CONFIGURATIONS
+    assert [c.kernel for c in found if c.config is None] == ["nvfp4_expand"] * 3 + ["fp8_tokens"] * 3
+    wrong = []
+    for c in found:
+        # Where warps share rows, each expands them: a weight counts several times.
+        sane = 1.5 <= c.instr_per_weight <= 12 or c.kernel == "fp8_tokens"
+        sane &= c.loop == c.alu + c.fma + c.tensor + c.memory + c.other
+        wrong += [
+            f"{c.kernel} {c.kind} {c.config}: {what}"
+            for what, right in {
+                c.problem: not c.problem,
+                f"{c.spills} bytes of spills": c.spills == 0,
+                f"{c.shared} bytes of shared memory": c.shared <= 101376,
+                f"{c.blocks_per_sm} blocks an SM": c.blocks_per_sm >= 1,
+                f"tensor-core instruction {c.mma!r}": c.mma == (MMA[c.kind] if c.config else ""),
+                f"{c.instr_per_weight} instructions a weight of {c.loop}": sane,
+            }.items()
+            if not right
+        ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_process_that_fails_says_why(monkeypatch):
+    monkeypatch.setattr(sys, "executable", shutil.which("ls"))
+    with pytest.raises(RuntimeError, match=r"adallm\.sm89 failed:\n.*ls"):
+        counts.measured.__wrapped__()
+
+
+LISTING = """
+Resource usage:
+ Common:
+  GLOBAL:0
+ Function nvfp4_matmul:
+  REG:85 STACK:0 SHARED:1024 LOCAL:0 CONSTANT[0]:632 TEXTURE:0 SURFACE:0 SAMPLER:0
+        /*0000*/                   IMAD.MOV.U32 R1, RZ, RZ, c[0x0][0x28] ;   /* 0x00000a00ff017624 */
+                                                                             /* 0x000e700000000800 */
+        /*0010*/              @!P0 BRA 0x90 ;                                /* 0x00000a00ff017624 */
+        /*0020*/                   LDG.E R2, [R4.64] ;                       /* 0x00000a00ff017624 */
+        /*0030*/               @P1 BRA 0x20 ;                                /* 0x00000a00ff017624 */
+        /*0040*/                   LDSM.16.M88.4 R8, [R3] ;                  /* 0x00000a00ff017624 */
+        /*0050*/                   LOP3.LUT R6, R6, 0x7, RZ, 0xc0, !PT ;     /* 0x00000a00ff017624 */
+        /*0060*/                   HFMA2.BF16_V2 R7, R6, R5, -RZ ;           /* 0x00000a00ff017624 */
+        /*0070*/                   HMMA.16816.F32.BF16 R8, R4, R10, R8 ;     /* 0x00000a00ff017624 */
+        /*0080*/              @!P2 BRA 0x40 ;                                /* 0x00000a00ff017624 */
+        /*0090*/                   EXIT ;                                    /* 0x00000a00ff017624 */
+        /*00a0*/                   BRA 0xa0;                                 /* 0x00000a00ff017624 */
+        /*00b0*/                   NOP;                                      /* 0x00000a00ff017624 */
+"""
+
+
+def test_instructions_end_where_the_kernel_does():
+    found = sass.instructions(LISTING)
+    assert len(found) == 10
+    assert found[1] == (0x10, "BRA 0x90")
+    assert found[-1] == (0x90, "EXIT")
+    assert sass.registers(LISTING) == 85
+
+
+def test_main_loop_is_the_one_with_tensor_core_instructions():
+    loop = sass.main_loop(sass.instructions(LISTING))
+    assert [sass.opcode(body) for body in loop] == ["LDSM", "LOP3", "HFMA2", "HMMA", "BRA"]
+    assert sass.mma(loop) == ["HMMA.16816.F32.BF16"]
+    assert sass.pipes(loop) == {"alu": 1, "fma": 1, "tensor": 1, "memory": 1, "other": 1}
+    assert sass.main_loop(sass.instructions(LISTING.replace("HMMA", "FFMA"))) == []
+
+
+def test_spills():
+    assert sass.spill_bytes(LISTING) == 0
+    assert sass.spill_bytes(LISTING.replace("LDG.E R2", "LDL.LU.64 R2").replace("LOP3.LUT", "STL")) == 12
+    assert sass.spill_bytes(LISTING.replace("STACK:0", "STACK:40")) == 40
+
+
+def example(x, y, z, count, rows, BLOCK, FAST):
+    """A kernel's signature."""
+
+
+def test_build_is_what_the_jit_specializes(monkeypatch):
+    monkeypatch.setitem(example.__annotations__, "BLOCK", "tl.constexpr")
+    monkeypatch.setitem(example.__annotations__, "FAST", "tl.constexpr")
+    fn = JITFunction(example, do_not_specialize=["rows"])
+    x = torch.empty(16, dtype=torch.float8_e4m3fn, device="meta")
+    b = build.build(fn, x, None, 1e-6, 1, 32, BLOCK=64, FAST=False, num_warps=4)
+    assert b.signature == (
+        *(("x", "*fp8e4nv"), ("y", "constexpr"), ("z", "fp32"), ("count", "i32"), ("rows", "i32")),
+        *(("BLOCK", "constexpr"), ("FAST", "constexpr")),
+    )
+    assert dict(b.constants) == {"y": None, "BLOCK": 64, "FAST": True}
+    assert b.aligned == ("x",)
+    assert b.options == (("num_warps", 4),)
+    assert build.build(fn, x, None, 1e-6, 48, 32, BLOCK=64, FAST=False).aligned == ("x", "count")
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
+        build.build(example, x)
+
+
+def test_a_launcher_s_kernel_comes_back_after_an_error():
+    kernel = matmul.nvfp4_matmul
+    with contextlib.suppress(ZeroDivisionError), build.replaced(matmul.launch, lambda *args, **kwargs: None):
+        assert matmul.nvfp4_matmul is not kernel
+        raise ZeroDivisionError
+    assert matmul.nvfp4_matmul is kernel
+
+
+PTX = """
+.visible .entry scale(
+	.param .u64 .ptr .global .align 1 scale_param_0,
+	.param .u32 scale_param_1,
+	.param .f32 scale_param_2,
+	.param .u64 .ptr .global .align 1 scale_param_3,
+	.param .u64 .ptr .global .align 1 scale_param_4
+)
+.reqntid 128
+"""
+
+
+class FakeDriver(types.SimpleNamespace):
+    """Reads the arguments of a launch as the CUDA driver does."""
+
+    CUresult = types.SimpleNamespace(CUDA_SUCCESS=0)
+
+    def CUstream(self, handle):
+        return handle
+
+    def cuLaunchKernel(self, function, *given):
+        *self.shape, self.stream, addresses, _ = given
+        types_ = (ctypes.c_int64, ctypes.c_int32, ctypes.c_float, ctypes.c_int64, ctypes.c_int64)
+        pointers = (ctypes.c_void_p * 5).from_address(addresses)
+        self.values = [kind.from_address(at).value for kind, at in zip(types_, pointers, strict=True)]
+        return (self.code,)
+
+
+def test_launch_passes_addresses_numbers_and_two_null_pointers(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=7))
+    assert driver.parameters(PTX, "scale") == ("u64", "u32", "f32", "u64", "u64")
+    with pytest.raises(ValueError, match="no entry 'other'"):
+        driver.parameters(PTX, "other")
+    fake, x = FakeDriver(code=0), torch.zeros(4)
+    kernel = driver.SM89Kernel("scale", object(), driver.parameters(PTX, "scale"), 4096, 128, fake)
+    kernel.launch((3, 2), x, -5, 1.5)
+    assert fake.values == [x.data_ptr(), -5, 1.5, 0, 0]
+    assert fake.shape == [3, 2, 1, 128, 1, 1, 4096]
+    assert fake.stream == 7
+    with pytest.raises(ValueError, match="takes 3 arguments, not 2"):
+        kernel.launch((3, 2), x, -5)
+    fake.code = types.SimpleNamespace(name="CUDA_ERROR_ILLEGAL_ADDRESS")
+    with pytest.raises(RuntimeError, match="launching scale: CUDA_ERROR_ILLEGAL_ADDRESS"):
+        kernel.launch((3,), x, -5, 1.5)
+
+
+def test_load_without_cuda_bindings(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    with pytest.raises(ValueError, match="needs the package cuda-bindings"):
+        driver.load(PTX, "scale", 0, threads=128)
+
+
+INTERPRETED = """
+from adallm.kernels import choice
+from adallm.sm89 import check, driver
+driver.run = lambda launcher, *args, **kwargs: launcher(*args, **kwargs)
+for kind in ("bf16", "fp8"):
+    config = [c for name, c in choice.configurations("sm_89") if name == kind and c.splits > 1][0]
+    operands = check.Operands.random(kind, 5, 48, 256, copies=lambda nbytes: 2, device="cpu")
+    for error, calls in check.checked(operands.first(3), config).values():
+        assert 0 < error < 2e-3 and len(calls) == 2, (kind, error)
+    operands.dense[7, 9] += 1
+    try:
+        check.checked(operands, config)
+    except ValueError as error:
+        assert "relative error" in str(error)
+    else:
+        raise AssertionError("a wrong product was accepted")
+"""
+
+
+def test_the_check_accepts_the_kernel_and_nothing_else():
+    command = [sys.executable, "-c", INTERPRETED]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"})
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("kind", "config"), CONFIGURATIONS)
+def test_sm89_ptx_multiplies_as_the_native_build_does(kind, config):
+    n, k = 2 * config.n + 16, 5 * config.slices * config.k
+    operands = check.Operands.random(kind, 2 * config.m + 3, n, k)
+    for m in (1, config.m, len(operands.x)):
+        compare(operands.first(m), config)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", MMA)
+@pytest.mark.parametrize(("m", "n", "k"), [(3, 100, 720), (33, 17, 144)])
+def test_sm89_ptx_with_awkward_shapes(kind, m, n, k):
+    operands = check.Operands.random(kind, m, n, k)
+    for config in dict.fromkeys(config for name, config in CONFIGURATIONS if name == kind and config.splits > 1):
+        compare(operands, config)
+
+
+def compare(operands: check.Operands, config: Config) -> None:
+    outputs = {}
+    for name, (out, calls) in check.runs(operands, config).items():
+        calls[0]()
+        assert operands.relative_error(out) <= check.LIMIT, name
+        once = out.clone()
+        # The counters of split blocks are zero again, and the order of the sums is always the same.
+        calls[0]()
+        assert torch.equal(out, once), name
+        outputs[name] = out.float()
+    difference = (outputs["sm_89"] - outputs["native"]).norm() / outputs["native"].norm()
+    assert difference <= check.LIMIT
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["bf16", "fp16", "fp8"])
+def test_sm89_ptx_of_the_expansion_and_the_quantizer(kind):
+    p = check.Operands.random("bf16", 1, 208, 704).packed[0]
+    given = (p.words, p.scales, p.shift, p.n, p.k, build.DTYPES[kind])
+    assert torch.equal(driver.run(expand, *given).float(), expand(*given).float())
+    x = torch.randn(5, 2048, dtype=build.DTYPES["bf16" if kind == "fp8" else kind], device="cuda")
+    for ours, native in zip(driver.run(quantize_tokens, x), quantize_tokens(x), strict=True):
+        assert torch.equal(ours.float(), native.float())
