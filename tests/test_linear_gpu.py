@@ -7,6 +7,7 @@ from adallm import fp8, nvfp4
 from adallm.kernels import choice, layout, ops
 from adallm.linear import NVFP4Linear
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GPU = choice.GPU("sm_90", 4, "test")
 
 
@@ -31,12 +32,12 @@ def test_the_operator_on_every_row_of_the_table(monkeypatch, activations, m, bia
     monkeypatch.setattr(choice, "gpu", lambda index: GPU)
     table = {kind: (*(r for r in rows if r.m <= 128), choice.Row(choice.ANY, ())) for kind, rows in TABLES.items()}
     monkeypatch.setitem(choice.TABLES, "sm_90", table if activations == "bf16" else TABLES)
-    packed, scale, global_scale = tensors(480, 272, "cpu", rows=True)
+    packed, scale, global_scale = tensors(480, 272, DEVICE, rows=True)
     t = nvfp4.NVFP4Tensor(packed, scale, global_scale)
     p = layout.from_checkpoint(t)
-    b = torch.randn(480).bfloat16() if bias else None
-    x = torch.randn(m, 272).bfloat16()
-    arrivals = torch.zeros(ops.ARRIVALS, dtype=torch.int32)
+    b = torch.randn(480, device=DEVICE).bfloat16() if bias else None
+    x = torch.randn(m, 272, device=DEVICE).bfloat16()
+    arrivals = torch.zeros(ops.ARRIVALS, dtype=torch.int32, device=DEVICE)
     values, counts = torch.unique_consecutive(global_scale, return_counts=True)
     y = ops._linear(
         x,
@@ -62,8 +63,8 @@ TABLES = choice.TABLES["sm_90"]
 
 
 def test_the_operator_without_tokens():
-    p = layout.from_checkpoint(nvfp4.NVFP4Tensor(*tensors(48, 80, "cpu")))
-    empty = torch.empty(0, 80).bfloat16()
+    p = layout.from_checkpoint(nvfp4.NVFP4Tensor(*tensors(48, 80, DEVICE)))
+    empty = torch.empty(0, 80, device=DEVICE).bfloat16()
     args = (p.words, p.scales, p.row_scale, p.shift, None, None, 48, False, [1.0], [48], torch.bfloat16)
     assert ops._linear(empty, None, *args).shape == (0, 48)
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adallm.kernels.dequant import fp8_order, round_e4m3, to_dtype, values
+from adallm.kernels.dequant import fp8_order, to_dtype, to_e4m3, values
 
 _R, _C, _WARPS = 4, 2, 4
 
@@ -49,9 +49,7 @@ def nvfp4_expand(
     n = tl.program_id(0) * (R * 16) + tl.arange(0, R * 16)
     k = first * 64 + tl.arange(0, C * 64)
     if out.dtype.element_ty == tl.float8e4nv:
-        if not FAST:
-            x = round_e4m3(x)
-        x = fp8_order(x.to(tl.float8e4nv), R * 16, C * 64)
+        x = fp8_order(to_e4m3(x.to(tl.float32), FAST), R * 16, C * 64)
     else:
         exponent = 7 - tl.load(shift + n, mask=n < N, other=0).to(tl.int32)
         factor = ((exponent + 127) << 23).to(tl.float32, bitcast=True)

@@ -34,6 +34,7 @@ class Config:
         splits: blocks that share an output tile along K.
         warps: warps in a block; equal to ``slices`` where that is above 1.
         stages: steps in flight.
+        registers: most for a thread, so that more blocks fit; 0 for as many as it takes.
     """
 
     n: int
@@ -43,6 +44,7 @@ class Config:
     splits: int
     warps: int
     stages: int
+    registers: int = 0
 
 
 # A sum of E4M3 products is at most 448 * 21 * K, and times this within FP16 up to K of 400,000.
@@ -184,11 +186,33 @@ def nvfp4_matmul(
         in_n = (tile < n_tiles)[None, :, None]
         in_m = (m < M)[None, None, :]
     if PROMOTE:
-        # The FP8 tensor core of Hopper keeps about 14 bits of a running sum, which is why it is taken out now and then.
-        # Not a for loop: that would be fused with the one inside, which takes too many registers.
-        total = tl.zeros([R * 16, BM // 2], dtype=tl.int32)
-        start = first
+        # The FP8 tensor core of Hopper keeps about 14 bits of a running sum: from time to time it begins anew, and what
+        # it had waits as pairs of FP16, since FP32 would not fit the registers. Not a for loop, which would be fused
+        # with the one inside.
+        start = first + PROMOTE
+        acc = _columns(
+            x,
+            words,
+            scales,
+            in_m,
+            in_n,
+            chunk,
+            chunk_s,
+            column,
+            chunks,
+            K,
+            first,
+            tl.minimum(start, last),
+            SLICES,
+            R,
+            BM,
+            C,
+            EVEN_K,
+            KIND,
+            FAST,
+        )
         while start < last:
+            earlier = _pack(acc, R, BM)
             acc = _columns(
                 x,
                 words,
@@ -210,9 +234,8 @@ def nvfp4_matmul(
                 KIND,
                 FAST,
             )
-            total = _pack(acc + _unpack(total, R, BM), R, BM)
+            acc += _unpack(earlier, R, BM)
             start += PROMOTE
-        acc = _unpack(total, R, BM)
     else:
         acc = _columns(
             x,
@@ -337,6 +360,7 @@ def launch(
         FAST=fast,
         num_warps=config.warps,
         num_stages=config.stages,
+        maxnreg=config.registers or None,
     )
     if fast and kernel.hash not in _CHECKED:
         check_registers(kernel.asm["ttgir"])

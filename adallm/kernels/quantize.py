@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adallm.kernels.dequant import fp8_order, round_e4m3
+from adallm.kernels.dequant import fp8_order, to_e4m3
 
 # Longest row that a block keeps in registers; of a longer one it reads pieces, again for each pass, from the cache.
 _ONE_PIECE = 4096
@@ -30,12 +30,7 @@ def _input(x, weight, k, K, rstd, INPUT: tl.constexpr):
 
 @triton.jit
 def _write(y, scale, data, k, K, BLOCK: tl.constexpr, ORDERED: tl.constexpr, FAST: tl.constexpr):
-    y = tl.math.div_rn(y, scale)
-    if FAST:
-        y = y.to(tl.float8e4nv)
-    else:  # the interpreter rounds wrongly and has no NaN
-        byte = round_e4m3(y).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-        y = tl.where(y == y, byte, 0x7F).to(tl.float8e4nv, bitcast=True)
+    y = to_e4m3(tl.math.div_rn(y, scale), FAST)
     if not ORDERED:
         y = tl.reshape(fp8_order(tl.reshape(y, [1, BLOCK]), 1, BLOCK), [BLOCK])
     tl.store(data + k, y, mask=k < K)
