@@ -242,6 +242,10 @@ def test_registers_in_another_order_are_noticed():
     for text in (f"#linear = #ttg.linear<{{register = [{swapped}], lane = []}}>\n{line}", "no such operation"):
         with pytest.raises(RuntimeError, match=r"lays out the registers .* supported: Triton 3\.6 and 3\.7"):
             check_registers(text)
+    good = f"#linear = #ttg.linear<{{register = [{bases}], lane = []}}>\n{line}\n"
+    check_registers(good + "warp_group_dot_wait %acc {pendings = 0 : i32}")
+    with pytest.raises(RuntimeError, match="run while its weights are overwritten"):
+        check_registers(good + "warp_group_dot_wait %acc {pendings = 3 : i32}")
 
 
 def test_blocks_cover_the_output():

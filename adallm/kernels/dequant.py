@@ -20,10 +20,12 @@ from adallm.kernels.layout import SCALE_BIAS as _BIAS
 
 
 def check_registers(ttgir: str) -> None:
-    """Raise a RuntimeError if the eight copies of a word in ``operand`` are not eight consecutive values of a thread.
+    """Raise a RuntimeError where the compiler did with registers what the kernels must not have.
 
-    Which registers hold what is the compiler's choice, and correctness rests on it, so that the launchers look at each
-    kernel that was compiled: the first register bases of the assembly's result must be its last three dimensions.
+    Correctness rests on two choices of the compiler, so that the launchers look at each kernel that was compiled. The
+    eight copies of a word in ``operand`` must be eight consecutive values of a thread: the first register bases of the
+    assembly's result are its last three dimensions. And no product of Hopper's asynchronous tensor core may still run
+    when its step ends, since it reads the weights from registers that the next step fills: each wait is for all.
     """
     layouts = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.MULTILINE))
     found = re.findall(r"packed_element = 8 : i32.*?-> tensor<[\w]+, (#\w+)>", ttgir)
@@ -32,6 +34,11 @@ def check_registers(ttgir: str) -> None:
         raise RuntimeError(
             "this version of Triton lays out the registers of an NVFP4 kernel in another order than its conversion "
             f"needs: {[layouts.get(name, name) for name in found]}; supported: Triton 3.6 and 3.7"
+        )
+    if any(int(pending) for pending in re.findall(r"pendings = (\d+)", ttgir)):
+        raise RuntimeError(
+            "this version of Triton lets a product of an NVFP4 kernel run while its weights are overwritten; "
+            "supported: Triton 3.6 and 3.7"
         )
 
 

@@ -34,7 +34,6 @@ class Config:
         splits: blocks that share an output tile along K.
         warps: warps in a block; equal to ``slices`` where that is above 1.
         stages: steps in flight.
-        registers: most for a thread, so that more blocks fit; 0 for as many as it takes.
     """
 
     n: int
@@ -44,7 +43,6 @@ class Config:
     splits: int
     warps: int
     stages: int
-    registers: int = 0
 
 
 # A sum of E4M3 products is at most 448 * 21 * K, and times this within FP16 up to K of 400,000.
@@ -69,54 +67,11 @@ def _pack(acc, R: tl.constexpr, BM: tl.constexpr):
 
 
 @triton.jit
-def _columns(
-    x,
-    words,
-    scales,
-    in_m,
-    in_n,
-    chunk,
-    chunk_s,
-    column,
-    chunks,
-    K,
-    first,
-    last,
-    SLICES: tl.constexpr,
-    R: tl.constexpr,
-    BM: tl.constexpr,
-    C: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    KIND: tl.constexpr,
-    FAST: tl.constexpr,
-):
-    """The products of steps ``first`` to ``last``, ``[16 R, BM]`` or one for each slice."""
-    words += first * (SLICES * C * 128)
-    scales += first * (SLICES * C * 16)
-    x += first * (SLICES * C * 64)
-    acc = tl.zeros([R * 16, BM] if SLICES == 1 else [SLICES, R * 16, BM], dtype=tl.float32)
-    for step in range(first, last):
-        # The words are loaded last: of the layouts that the loads ask for, the compiler takes that of the last.
-        if EVEN_K:
-            tokens = tl.load(x, mask=in_m, other=0.0)
-            scale = tl.load(scales, mask=in_n, other=0)
-            word = tl.load(words, mask=in_n, other=0)
-        else:
-            left = chunks - step * (SLICES * C)
-            tokens = tl.load(x, mask=in_m & (column < K - step * (SLICES * C * 64)), other=0.0)
-            scale = tl.load(scales, mask=in_n & (chunk_s < left), other=0)
-            word = tl.load(words, mask=in_n & (chunk < left), other=0)
-        words += SLICES * C * 128
-        scales += SLICES * C * 16
-        x += SLICES * C * 64
-        weight = operand(word, scale, SLICES, R, C, KIND, FAST)
-        if SLICES == 1:
-            weight = tl.reshape(weight, [R * 16, C * 64])
-        if FAST:
-            acc = tl.dot(weight, tokens, acc)
-        else:
-            acc = tl.dot(weight, tokens.to(tl.float32), acc, input_precision="ieee")
-    return acc
+def _finished(acc):
+    """``acc``, in a way that makes the compiler wait for the product. Otherwise Hopper's asynchronous one still reads
+    the weights of one step from registers that the next step fills: wrong sums, now and then.
+    """
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [acc], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit(do_not_specialize=["M", "splits"])
@@ -185,79 +140,43 @@ def nvfp4_matmul(
         x += m[None, None, :].to(tl.int64) * x_stride + column
         in_n = (tile < n_tiles)[None, :, None]
         in_m = (m < M)[None, None, :]
+    words += first * (SLICES * C * 128)
+    scales += first * (SLICES * C * 16)
+    x += first * (SLICES * C * 64)
+    acc = tl.zeros([R * 16, BM] if SLICES == 1 else [SLICES, R * 16, BM], dtype=tl.float32)
     if PROMOTE:
-        # The FP8 tensor core of Hopper keeps about 14 bits of a running sum: from time to time it begins anew, and what
-        # it had waits as pairs of FP16, since FP32 would not fit the registers. Not a for loop, which would be fused
-        # with the one inside.
-        start = first + PROMOTE
-        acc = _columns(
-            x,
-            words,
-            scales,
-            in_m,
-            in_n,
-            chunk,
-            chunk_s,
-            column,
-            chunks,
-            K,
-            first,
-            tl.minimum(start, last),
-            SLICES,
-            R,
-            BM,
-            C,
-            EVEN_K,
-            KIND,
-            FAST,
-        )
-        while start < last:
-            earlier = _pack(acc, R, BM)
-            acc = _columns(
-                x,
-                words,
-                scales,
-                in_m,
-                in_n,
-                chunk,
-                chunk_s,
-                column,
-                chunks,
-                K,
-                start,
-                tl.minimum(start + PROMOTE, last),
-                SLICES,
-                R,
-                BM,
-                C,
-                EVEN_K,
-                KIND,
-                FAST,
-            )
-            acc += _unpack(earlier, R, BM)
-            start += PROMOTE
-    else:
-        acc = _columns(
-            x,
-            words,
-            scales,
-            in_m,
-            in_n,
-            chunk,
-            chunk_s,
-            column,
-            chunks,
-            K,
-            first,
-            last,
-            SLICES,
-            R,
-            BM,
-            C,
-            EVEN_K,
-            KIND,
-            FAST,
-        )
+        earlier = tl.zeros([R * 16, BM // 2], dtype=tl.int32)
+    for step in range(first, last):
+        # The words are loaded last: of the layouts that the loads ask for, the compiler takes that of the last.
+        if EVEN_K:
+            tokens = tl.load(x, mask=in_m, other=0.0)
+            scale = tl.load(scales, mask=in_n, other=0)
+            word = tl.load(words, mask=in_n, other=0)
+        else:
+            left = chunks - step * (SLICES * C)
+            tokens = tl.load(x, mask=in_m & (column < K - step * (SLICES * C * 64)), other=0.0)
+            scale = tl.load(scales, mask=in_n & (chunk_s < left), other=0)
+            word = tl.load(words, mask=in_n & (chunk < left), other=0)
+        words += SLICES * C * 128
+        scales += SLICES * C * 16
+        x += SLICES * C * 64
+        weight = operand(word, scale, SLICES, R, C, KIND, FAST)
+        if SLICES == 1:
+            weight = tl.reshape(weight, [R * 16, C * 64])
+        if FAST:
+            acc = tl.dot(weight, tokens, acc)
+            if SLICES == 1:
+                acc = _finished(acc)
+        else:
+            acc = tl.dot(weight, tokens.to(tl.float32), acc, input_precision="ieee")
+        # The FP8 tensor core of Hopper keeps about 14 bits of a running sum: from time to time it begins anew. What it
+        # had waits as pairs of FP16, since FP32 would not fit the registers.
+        if PROMOTE:  # noqa: SIM102 - a constant and a value: the compiler must see the first alone
+            if (step - first) % PROMOTE == PROMOTE - 1:
+                earlier = _pack(acc + _unpack(earlier, R, BM), R, BM)
+                acc = tl.zeros([R * 16, BM], dtype=tl.float32)
+    if PROMOTE:
+        acc += _unpack(earlier, R, BM)
     if SLICES > 1:
         acc = tl.sum(acc, axis=0)
 
@@ -360,7 +279,6 @@ def launch(
         FAST=fast,
         num_warps=config.warps,
         num_stages=config.stages,
-        maxnreg=config.registers or None,
     )
     if fast and kernel.hash not in _CHECKED:
         check_registers(kernel.asm["ttgir"])
