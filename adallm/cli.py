@@ -1,4 +1,4 @@
-"""The command ``adallm``: ``adallm quantize SRC DST``, ``adallm inspect DIR``, ``adallm eval``.
+"""The command ``adallm``: ``adallm quantize SRC DST``, ``adallm inspect DIR``, ``adallm eval``, ``adallm bench WHAT``.
 
 A subcommand is a function in ``COMMANDS`` that adds its parser and names the function to run; what is heavy to import
 is imported in there, so that ``adallm --help`` is quick. A run function takes the parsed arguments and returns an exit
@@ -178,6 +178,24 @@ def _eval(args: argparse.Namespace) -> int:
     return 0
 
 
+def _add_bench(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "bench",
+        help="run a benchmark, or list them",
+        description="Run the benchmark WHAT with its own options (WHAT --help lists them). Without WHAT, list them.",
+        add_help=False,
+        prefix_chars="\0",  # options are the benchmark's
+    )
+    parser.add_argument("arguments", nargs="*", metavar="WHAT [OPTION ...]")
+    parser.set_defaults(run=_bench)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from adallm import bench
+
+    return bench.main(args.arguments)
+
+
 def _elements(rows: Sequence[Any]) -> int:
     import math
 
@@ -197,7 +215,7 @@ def _print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"adallm: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
-COMMANDS: tuple[Callable[[Any], None], ...] = (_add_quantize, _add_inspect, _add_eval)
+COMMANDS: tuple[Callable[[Any], None], ...] = (_add_quantize, _add_inspect, _add_eval, _add_bench)
 
 if __name__ == "__main__":
     sys.exit(main())

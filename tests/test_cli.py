@@ -130,3 +130,17 @@ def test_a_reader_that_leaves(source: Path) -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 0
+
+
+def test_bench_lists_and_passes_options_through(capsys: pytest.CaptureFixture) -> None:
+    for arguments in ((), ("--help",)):
+        status, out, err = run(capsys, "bench", *arguments)
+        assert (status, err) == (0, "")
+        assert {"linear", "quantize", "sm89", "tune"} <= {line.split()[0] for line in out.splitlines() if line.split()}
+    status, out, err = run(capsys, "bench", "nothing")
+    assert (status, out) == (2, "")
+    assert "no benchmark 'nothing'" in err
+    with pytest.raises(SystemExit) as stop:
+        run(capsys, "bench", "tune", "--help")
+    assert stop.value.code == 0
+    assert "--forget" in capsys.readouterr().out

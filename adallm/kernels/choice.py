@@ -127,7 +127,10 @@ def choose(m: int, n: int, k: int, kind: str, gpu: GPU) -> Config | None:
         raise ValueError(
             f"{gpu.slug} has no FP8 tensor cores, which activations='fp8' needs; supported there: activations='bf16'"
         )
-    for row in (*tuned(gpu.slug).get((kind, n, k), ()), *table[kind]):
+    for row in tuned(gpu.slug).get((kind, n, k), ()):
+        if m <= row.m:
+            return row.configs[0] if row.configs else None
+    for row in table[kind]:
         if m <= row.m:
             return pick(row, m, n, k, gpu.sms)
     raise AssertionError(f"the table of {gpu.family} ends before M = {m}")
@@ -181,7 +184,8 @@ def cache_file(slug: str) -> Path:
 
 @functools.cache
 def tuned(slug: str) -> dict[tuple[str, int, int], tuple[Row, ...]]:
-    """Rows by (kind, N, K) that ``adallm bench tune`` measured on a GPU; none where it never ran.
+    """Rows by (kind, N, K) that ``adallm bench tune`` measured on a GPU, each with the one configuration that was the
+    fastest, its splits as measured, or none for the library; no rows where it never ran.
 
     Raises:
         ValueError: the file is not what ``write_tuned`` writes; it names the file.

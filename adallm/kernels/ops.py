@@ -74,16 +74,42 @@ def _linear(
     if config is not None:
         launch(x, words, scales, row_scale, out, config, x_scale=x_scale, bias=bias, arrivals=arrivals)
         return out
+    library(x, words, scales, row_scale, shift, out, x_scale=x_scale, bias=bias, alphas=alphas, stops=stops)
+    return out
+
+
+def library(
+    x: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    row_scale: Tensor,
+    shift: Tensor,
+    out: Tensor,
+    *,
+    x_scale: Tensor | None,
+    bias: Tensor | None,
+    alphas: list[float],
+    stops: list[int],
+) -> None:
+    """``out = x @ w.T`` (+ bias) by a library's product of the expanded weight; with ``x_scale``, of E4M3, no bias.
+
+    Args:
+        alphas, stops: the global scales of the rows, and where each ends: the library takes one at a time.
+    """
+    n, k = out.shape[1], x.shape[1]
     weight = expand(words, scales, shift, n, k, x.dtype)
-    if fp8:
-        return torch._scaled_mm(
+    if x_scale is not None:
+        torch._scaled_mm(
             x,
             weight.t(),
             scale_a=x_scale[:, None],
             scale_b=(row_scale * VALUE_POWER.value)[None, :],
-            out_dtype=dtype,
+            out_dtype=out.dtype,
+            # The fast sums of Hopper keep 14 bits, as in matmul.py.
             use_fast_accum=False,
+            out=out,
         )
+        return
     start = 0
     for alpha, stop in zip(alphas, stops, strict=True):
         part = out[:, start:stop]
@@ -92,7 +118,6 @@ def _linear(
         # alpha is applied to the FP32 sums: rounded once, as everywhere.
         torch.addmm(part, x, weight[start:stop].t(), beta=0 if bias is None else 1, alpha=alpha, out=part)
         start = stop
-    return out
 
 
 def _tokens(x: Tensor, weight: Tensor | None, eps: float, gated: bool, ordered: bool) -> tuple[Tensor, Tensor]:

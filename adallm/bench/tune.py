@@ -1,0 +1,150 @@
+"""Measure this GPU's own table: the fastest configuration for each layer and number of tokens.
+
+Every configuration that a built-in table names, with each of its splits, and the library's product of the expanded
+weight are compared with FP32 first and timed by CUDA graphs over rotating weights. The winners go into the user's cache
+directory (``kernels/choice.py``), where they come before the built-in table; ``--forget`` deletes them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from adallm.bench._timing import copies, graph_us
+from adallm.kernels import choice, matmul, ops
+from adallm.kernels.choice import GPU, Row
+from adallm.kernels.matmul import Config
+from adallm.sm89.check import LIMIT, Operands
+
+TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+QWEN3_8B = ((6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288))
+
+
+def candidates(kind: str, gpu: GPU, m: int, n: int, k: int) -> list[Config | None]:
+    """Configurations of all tables that suit ``m`` tokens, with every split, and None for the library."""
+    found: list[Config | None] = [None] if m > 256 else []
+    for family, table in choice.TABLES.items():
+        if family == "sm_90" and gpu.family != "sm_90":
+            continue
+        for config in (c for row in table.get(kind, ()) for c in row.configs if c.m <= max(2 * m, 8)):
+            steps = -(-k // (config.slices * config.k))
+            for splits in range(1, max(min(config.splits, steps // 2), 1) + 1):
+                option = dataclasses.replace(config, splits=splits)
+                if splits == 1 or matmul.blocks(option, m, n) <= ops.ARRIVALS:
+                    found.append(option)
+    return list(dict.fromkeys(found))
+
+
+def call(operands: Operands, index: int, config: Config | None, out: torch.Tensor) -> Callable[[], None]:
+    """What runs the product with one copy of the weight."""
+    p, x_scale = operands.packed[index], operands.x_scale
+    if config is None:
+        shift, n = p.shift, out.shape[1]
+        whole = {"bias": None, "alphas": [1.0], "stops": [n]}
+        return partial(ops.library, operands.x, p.words, p.scales, p.row_scale, shift, out, x_scale=x_scale, **whole)
+    arrivals = torch.zeros(ops.ARRIVALS, dtype=torch.int32, device=out.device)
+    given = {"x_scale": x_scale, "arrivals": arrivals}
+    return partial(matmul.launch, operands.x, p.words, p.scales, p.row_scale, out, config, **given)
+
+
+def fastest(
+    operands: Operands, configs: Iterable[Config | None], *, repeats: int, time: Callable[..., tuple[float, float]]
+) -> tuple[Config | None, float]:
+    """The configuration that takes the least time, and that time in us.
+
+    One that does not fit the GPU is passed over. The library multiplies by weights without their global scale, which
+    changes nothing of its time, so that it alone is not compared.
+
+    Raises:
+        ValueError: a result that is off by more than ``sm89.check.LIMIT``, or no configuration at all runs.
+    """
+    m, n = len(operands.x), operands.packed[0].n
+    best: tuple[Config | None, float] | None = None
+    for config in configs:
+        out = torch.full((m, n), torch.nan, dtype=torch.bfloat16, device=operands.x.device)
+        calls = [call(operands, i, config, out) for i in range(len(operands.packed))]
+        try:
+            calls[0]()
+        except Exception as error:
+            if "out of resource" not in str(error):
+                raise
+            continue
+        if config is not None and not (error := operands.relative_error(out)) <= LIMIT:
+            raise ValueError(f"{config}: relative error {error:.3g} with M={m} N={n}, above {LIMIT}")
+        us, _ = time(calls, repeats=repeats)
+        if best is None or us < best[1]:
+            best = config, us
+    if best is None:
+        raise ValueError(f"no configuration fits this GPU for M={m} N={n}")
+    return best
+
+
+def shapes_of(directory: Path) -> list[tuple[int, int]]:
+    """(N, K) of the fused layers that a Hugging Face ``config.json`` describes: qkv, o, gate_up, down.
+
+    Raises:
+        ValueError: no readable config there, or one that lacks the sizes.
+    """
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_text())
+        config = config.get("text_config", config)
+        hidden, heads = config["hidden_size"], config["num_attention_heads"]
+        head = config.get("head_dim") or hidden // heads
+        kv = config.get("num_key_value_heads") or heads
+        inner = config["intermediate_size"]
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}: no sizes of a language model ({type(error).__name__}: {error})") from None
+    return [((heads + 2 * kv) * head, hidden), (hidden, heads * head), (2 * inner, hidden), (hidden, inner)]
+
+
+def _shape(value: str) -> tuple[int, int]:
+    n, _, k = value.partition("x")
+    if not (n.isdigit() and k.isdigit() and int(n) % 16 == int(k) % 16 == 0 and int(n) and int(k)):
+        raise argparse.ArgumentTypeError(f"{value!r} is not NxK with multiples of 16, such as 4096x12288")
+    return int(n), int(k)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print and store; returns 2 where that cannot be done."""
+    parser = argparse.ArgumentParser(prog="python -m adallm.bench.tune", description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", type=Path, action="append", default=[], help="a directory with a config.json")
+    parser.add_argument("--shapes", nargs="+", type=_shape, default=[], metavar="NxK", help="default: Qwen3-8B's")
+    parser.add_argument("--m", nargs="+", type=int, default=list(TOKENS), help="tokens to measure at")
+    parser.add_argument("--kinds", nargs="+", choices=("bf16", "fp8"), help="default: what the GPU has")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--forget", action="store_true", help="delete this GPU's table instead")
+    options = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("adallm bench tune measures a GPU, and there is none here", file=sys.stderr)
+        return 2
+    gpu = choice.gpu(torch.cuda.current_device())
+    if options.forget:
+        choice.cache_file(gpu.slug).unlink(missing_ok=True)
+        return 0
+    shapes = [*options.shapes, *itertools.chain.from_iterable(map(shapes_of, options.model))]
+    kinds = options.kinds or [kind for kind in ("bf16", "fp8") if kind in choice.TABLES[gpu.family]]
+    table = dict(choice.tuned(gpu.slug))
+    for kind, (n, k) in itertools.product(kinds, dict.fromkeys(shapes or QWEN3_8B)):
+        operands = Operands.random(kind, max(options.m), n, k, copies=copies)
+        rows = []
+        for m in sorted(set(options.m)):
+            found = candidates(kind, gpu, m, n, k)
+            config, us = fastest(operands.first(m), found, repeats=options.repeats, time=graph_us)
+            rows.append(Row(m, () if config is None else (config,)))
+            print(f"{n}x{k} {kind} M={m}: {us:.1f} us, {config or 'expand + library'}", flush=True)
+        table[kind, n, k] = tuple(rows)
+        print(f"wrote {choice.write_tuned(gpu.slug, table)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
