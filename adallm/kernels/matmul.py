@@ -247,7 +247,7 @@ def launch(
     m, k = x.shape
     n = out.shape[1]
     step = config.slices * config.k
-    fast = x.is_cuda
+    fast = x.device.type != "cpu"
     partial = None
     if config.splits > 1:
         partial = torch.empty(config.splits * m * n, dtype=torch.float32, device=x.device)
@@ -280,6 +280,6 @@ def launch(
         num_warps=config.warps,
         num_stages=config.stages,
     )
-    if fast and kernel.hash not in _CHECKED:
+    if x.is_cuda and kernel.hash not in _CHECKED:
         check_registers(kernel.asm["ttgir"])
         _CHECKED.add(kernel.hash)

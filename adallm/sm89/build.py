@@ -23,8 +23,6 @@ from triton.runtime.jit import JITFunction
 from adallm.kernels import choice, expand, matmul, quantize
 from adallm.kernels.layout import TILE_K, TILE_N
 
-TARGET = GPUTarget("cuda", 89, 32)
-
 # A launcher's module and the kernel that it launches.
 KERNEL: dict[Callable[..., Any], tuple[ModuleType, str]] = {
     matmul.launch: (matmul, "nvfp4_matmul"),
@@ -95,15 +93,15 @@ def _type(value: Tensor | int | float) -> str:
 
 
 @functools.cache
-def compiled(b: Build) -> triton.compiler.CompiledKernel:
-    """``b`` for sm_89; Triton keeps it on disk for the next time."""
+def compiled(b: Build, capability: int = 89) -> triton.compiler.CompiledKernel:
+    """``b`` for sm_89, or another GPU; Triton keeps it on disk for the next time."""
     source = ASTSource(
         fn=b.fn,
         signature=dict(b.signature),
         constexprs=dict(b.constants),
         attrs={(b.fn.arg_names.index(name),): [["tt.divisibility", 16]] for name in b.aligned},
     )
-    return triton.compile(source, target=TARGET, options=dict(b.options))
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(b.options))
 
 
 @contextlib.contextmanager
@@ -135,11 +133,16 @@ class Named:
     build: Build
 
 
+def products(family: str) -> list[Named]:
+    """The build of every configuration in a family's table, with K a multiple of the step."""
+    return [
+        _named(matmul.launch, kind, _matmul_arguments(kind, config)) for kind, config in choice.configurations(family)
+    ]
+
+
 def builds() -> list[Named]:
     """Every build that a launch on an Ada GPU can ask for with K a multiple of the step."""
-    found = [
-        _named(matmul.launch, kind, _matmul_arguments(kind, config)) for kind, config in choice.configurations("sm_89")
-    ]
+    found = products("sm_89")
     words, scales = _weight(4096, 4096)
     shift = _meta(4096, dtype=torch.uint8)
     for kind, dtype in DTYPES.items():
@@ -174,7 +177,8 @@ def _weight(n: int, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _matmul_arguments(kind: str, config: matmul.Config) -> dict[str, Any]:
-    m, n, k = config.m, 16 * config.n, 16 * config.slices * config.k
+    # Long enough for FP8 sums to be taken out of the tensor core on the way, where K is not split.
+    m, n, k = config.m, 16 * config.n, 32 * config.slices * config.k
     words, scales = _weight(n, k)
     return {
         "x": _meta(m, k, dtype=DTYPES[kind]),
