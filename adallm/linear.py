@@ -183,9 +183,6 @@ class NVFP4Linear(ReferenceLinear):
         x = x.reshape(-1, shape[-1])
         if self.columns is not None:
             x = nn.functional.pad(x, (0, -shape[-1] % 16))
-        # Rows of 16 bytes: what the kernels load at a time.
-        if x.stride(1) != 1 or x.stride(0) * x.element_size() % 16 or x.data_ptr() % 16:
-            x = x.contiguous() if not x.is_contiguous() else x.clone()
         out = torch.ops.adallm.nvfp4_linear(
             x,
             None if x_scale is None else x_scale.reshape(-1),

@@ -93,9 +93,9 @@ def _asm_8() -> str:
 _BF16_BIT, _FP16_BIT = 6, 9
 
 _INPUTS = ",r" * 16
-ASM_BF16 = tl.constexpr(_asm_16("bf16x2", _BF16_BIT))
-ASM_FP16 = tl.constexpr(_asm_16("f16x2", _FP16_BIT))
-ASM_FP8 = tl.constexpr(_asm_8())
+_ASM_BF16 = tl.constexpr(_asm_16("bf16x2", _BF16_BIT))
+_ASM_FP16 = tl.constexpr(_asm_16("f16x2", _FP16_BIT))
+_ASM_8 = tl.constexpr(_asm_8())
 _ASM_E4M3 = tl.constexpr(
     "{ .reg .b16 a, b; cvt.rn.satfinite.e4m3x2.f32 a, $2, $1; cvt.rn.satfinite.e4m3x2.f32 b, $4, $3;\n"
     "mov.b32 $0, {a, b}; }"
@@ -208,29 +208,23 @@ def operand(words, scales, S: tl.constexpr, R: tl.constexpr, C: tl.constexpr, KI
     if FAST:
         scales = tl.broadcast_to(_kk_scales(scales, KIND), [S, R, C, 8, 4, 4, 2, 2, 2])
         if KIND == "bf16":
-            values = tl.inline_asm_elementwise(
-                ASM_BF16, _OUT_16, [words, scales], dtype=tl.bfloat16, is_pure=True, pack=8
-            )
+            out = tl.inline_asm_elementwise(_ASM_BF16, _OUT_16, [words, scales], tl.bfloat16, is_pure=True, pack=8)
         elif KIND == "fp16":
-            values = tl.inline_asm_elementwise(
-                ASM_FP16, _OUT_16, [words, scales], dtype=tl.float16, is_pure=True, pack=8
-            )
+            out = tl.inline_asm_elementwise(_ASM_FP16, _OUT_16, [words, scales], tl.float16, is_pure=True, pack=8)
         else:
-            values = tl.inline_asm_elementwise(
-                ASM_FP8, _OUT_8, [words, scales], dtype=tl.float8e4nv, is_pure=True, pack=8
-            )
+            out = tl.inline_asm_elementwise(_ASM_8, _OUT_8, [words, scales], tl.float8e4nv, is_pure=True, pack=8)
     elif KIND == "fp8":
         pair = 2 * tl.reshape(tl.arange(0, 2), [1, 1, 1, 1, 1, 1, 1, 2, 1])
         pair += tl.reshape(tl.arange(0, 2), [1, 1, 1, 1, 1, 1, 2, 1, 1])
-        values = round_e4m3(_slow(words, scales, pair))
+        out = round_e4m3(_slow(words, scales, pair))
     else:
         pair = tl.reshape(tl.arange(0, 4), [1, 1, 1, 1, 1, 1, 2, 2, 1])
-        values = _slow(words, scales, pair)
+        out = _slow(words, scales, pair)
     if KIND == "fp8":  # columns (kk, t, kh, kl): the order of FP8_COLUMNS
-        values = tl.permute(values, [0, 1, 6, 3, 2, 5, 4, 7, 8])
+        out = tl.permute(out, [0, 1, 6, 3, 2, 5, 4, 7, 8])
     else:  # columns (kk, kh, t, kl)
-        values = tl.permute(values, [0, 1, 7, 3, 2, 5, 6, 4, 8])
-    return tl.reshape(values, [S, R * 16, C * 64])
+        out = tl.permute(out, [0, 1, 7, 3, 2, 5, 6, 4, 8])
+    return tl.reshape(out, [S, R * 16, C * 64])
 
 
 @triton.jit
@@ -246,30 +240,19 @@ def values(words, scales, R: tl.constexpr, C: tl.constexpr, KIND: tl.constexpr, 
     than multiplied. In FP16 where KIND is "fp16", else in BF16; in FP32 if not ``FAST``.
     """
     if FAST:
+        dtype: tl.constexpr = tl.bfloat16 if KIND == "bf16" else tl.float16
         words = tl.reshape(words, [R, C, 8, 4, 4])
         even, odd = tl.split(tl.reshape(scales, [R, C, 8, 1, 1, 2]))
         even = tl.reshape(_kk_scales(tl.reshape(even, [1, R, C, 8, 1, 1, 1, 1, 1]), KIND), [R, C, 8, 1, 4])
         odd = tl.reshape(_kk_scales(tl.reshape(odd, [1, R, C, 8, 1, 1, 1, 1, 1]), KIND), [R, C, 8, 1, 4])
-        if KIND == "bf16":
-            p00, p01, p10, p11 = tl.inline_asm_elementwise(
-                _ASM_PAIRS_BF16,
-                "=&r,=&r,=&r,=&r,r,r,r",
-                [words, even, odd],
-                dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
-                is_pure=True,
-                pack=1,
-            )
-            dtype: tl.constexpr = tl.bfloat16
-        else:
-            p00, p01, p10, p11 = tl.inline_asm_elementwise(
-                _ASM_PAIRS_FP16,
-                "=&r,=&r,=&r,=&r,r,r,r",
-                [words, even, odd],
-                dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
-                is_pure=True,
-                pack=1,
-            )
-            dtype: tl.constexpr = tl.float16
+        p00, p01, p10, p11 = tl.inline_asm_elementwise(
+            _ASM_PAIRS_BF16 if KIND == "bf16" else _ASM_PAIRS_FP16,
+            "=&r,=&r,=&r,=&r,r,r,r",
+            [words, even, odd],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
+        )
         # [R, C, g, t, kk, kl, rh, kh]
         out = tl.join(
             tl.join(_halves(p00, dtype), _halves(p01, dtype)), tl.join(_halves(p10, dtype), _halves(p11, dtype))

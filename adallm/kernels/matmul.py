@@ -55,7 +55,7 @@ _ASM_UNPACK = tl.constexpr("{ .reg .b16 a, b; mov.b32 {a, b}, $2; cvt.f32.f16 $0
 def _unpack(total, R: tl.constexpr, BM: tl.constexpr):
     """FP32 ``[16 R, BM]`` from pairs of FP16 in int32 ``[16 R, BM / 2]``."""
     low, high = tl.inline_asm_elementwise(
-        _ASM_UNPACK, "=r,=r,r", [total], dtype=(tl.float32, tl.float32), is_pure=True, pack=1
+        _ASM_UNPACK, "=f,=f,r", [total], dtype=(tl.float32, tl.float32), is_pure=True, pack=1
     )
     return tl.reshape(tl.join(low, high), [R * 16, BM]) / _PACKED
 
@@ -63,7 +63,7 @@ def _unpack(total, R: tl.constexpr, BM: tl.constexpr):
 @triton.jit
 def _pack(acc, R: tl.constexpr, BM: tl.constexpr):
     low, high = tl.split(tl.reshape(acc * _PACKED, [R * 16, BM // 2, 2]))
-    return tl.inline_asm_elementwise(_ASM_PACK, "=r,r,r", [low, high], dtype=tl.int32, is_pure=True, pack=1)
+    return tl.inline_asm_elementwise(_ASM_PACK, "=r,f,f", [low, high], dtype=tl.int32, is_pure=True, pack=1)
 
 
 @triton.jit

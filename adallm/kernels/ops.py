@@ -68,6 +68,9 @@ def _linear(
     out = torch.empty(m, n, dtype=dtype, device=x.device)
     if not m:
         return out
+    # Rows of 16 bytes: what the kernels load at a time.
+    if x.stride(1) != 1 or x.stride(0) * x.element_size() % 16 or x.data_ptr() % 16:
+        x = x.clone(memory_format=torch.contiguous_format)
     if fp8 and x_scale is None:
         x, x_scale = quantize_tokens(x)
     config = chosen(m, n, k, KINDS[x.dtype], dtype, bias is not None, choice.gpu(x.device.index))
@@ -121,6 +124,8 @@ def library(
 
 
 def _tokens(x: Tensor, weight: Tensor | None, eps: float, gated: bool, ordered: bool) -> tuple[Tensor, Tensor]:
+    if x.stride(1) != 1:
+        x = x.contiguous()
     return quantize_tokens(x, weight=weight, eps=eps, gated=gated, ordered=ordered)
 
 
