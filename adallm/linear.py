@@ -7,6 +7,7 @@ It keeps the weight exact, where the W4A8 kernels round it to E4M3 (``NVFP4Linea
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -265,7 +266,14 @@ class NVFP4Linear(ReferenceLinear):
         values, counts = torch.unique_consecutive(self.global_scale.expand(self.out_features), return_counts=True)
         self._alphas, self._stops = values.tolist(), counts.cumsum(0).tolist()
 
-    def _apply(self, fn, recurse: bool = True):
-        super()._apply(fn, recurse)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NVFP4Linear:
+        """Devices change, and the bias its dtype; ``.to(torch.bfloat16)`` must not round scales."""
+
+        def moved(t: Tensor) -> Tensor:
+            result = fn(t)
+            return result if t is bias or result.dtype == t.dtype else t.to(result.device)
+
+        bias = self.bias
+        super()._apply(moved, recurse)
         self._convert()
         return self

@@ -49,6 +49,14 @@ def test_the_weight_is_kept_packed_only():
     assert held * 8 / (256 * 512) < 4.51
 
 
+def test_a_change_of_dtype_is_for_the_bias_alone():
+    linear, t, _ = layer(bias=True)
+    linear.to(torch.bfloat16)
+    assert linear.bias.dtype == torch.bfloat16
+    assert torch.equal(linear.dense_weight(), nvfp4.dequantize(t))
+    assert linear.half().scale.dtype == torch.float8_e4m3fn
+
+
 def test_a_weight_that_needed_padding():
     weight = torch.randn(8, 20, generator=torch.Generator().manual_seed(3))
     t = nvfp4.quantize(weight, pad=True)
