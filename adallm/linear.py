@@ -83,7 +83,6 @@ class NVFP4Linear(ReferenceLinear):
     ``global_scale``, ``divisor``. On both: ``bias`` or None.
     """
 
-    _CHECKPOINT = ("packed", "scale")
     _KERNEL = ("words", "scales", "row_scale", "shift", "lost", "arrivals")
 
     def __init__(self, weight: NVFP4Tensor, bias: Tensor | None = None, *, activations: str = "bf16") -> None:
