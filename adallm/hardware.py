@@ -32,7 +32,7 @@ class GPU:
         memory_gb: DRAM in GB.
         fp16_tflops: dense FP16 and BF16 tensor rate with FP32 accumulation, in 10^12 operations a second.
         fp8_tflops: dense FP8 tensor rate with FP32 accumulation.
-        mma_sync: share of those rates that ``mma.sync`` reaches; Hopper has the whole with ``wgmma`` alone.
+        mma_sync: share of those rates that ``mma.sync`` is taken to reach; Hopper has the whole with ``wgmma`` alone.
         shared_per_block: largest shared memory of a block, in bytes.
         shared_per_sm: shared memory of an SM, in bytes, what is reserved for blocks included.
         warps_per_sm, blocks_per_sm, registers_per_sm: at most, on an SM.

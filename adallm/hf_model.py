@@ -1,7 +1,8 @@
 """A Hugging Face causal language model under a number format: every ``nn.Linear`` replaced by one that runs it.
 
 ``lm_head`` stays in BF16 in every format, as in published checkpoints. All formats share the arithmetic of
-``linear.ReferenceLinear``, so that two of them differ by what is quantized alone.
+``linear.ReferenceLinear``, so that two of them differ by what is quantized alone. On a GPU, NVFP4 layers run the
+kernels, which take BF16 and FP16 models and round the weight of W4A8 too (``linear.NVFP4Linear``).
 """
 
 from __future__ import annotations

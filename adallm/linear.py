@@ -232,7 +232,7 @@ class NVFP4Linear(ReferenceLinear):
     def _kernel_columns(self) -> int:
         return self.in_features + -self.in_features % 16
 
-    def _kernel_form(self):
+    def _kernel_form(self) -> Any:
         from adallm.kernels import layout
 
         return layout.Packed(
@@ -244,16 +244,14 @@ class NVFP4Linear(ReferenceLinear):
         if self.global_scale.is_cuda == (self.words is not None):
             return
         if self.global_scale.is_cuda:
-            from adallm.kernels import choice, layout, ops
+            from adallm.kernels import choice, layout, ops  # noqa: F401 - ops registers the operators
 
-            choice.choose(
-                1, 16, 16, "fp8" if self.activations == "fp8" else "bf16", choice.gpu(self.packed.device.index)
-            )
+            choice.rows("fp8" if self.activations == "fp8" else "bf16", choice.gpu(self.packed.device.index))
             packed = layout.from_checkpoint(NVFP4Tensor(self.packed, self.scale, self.global_scale))
             self.packed = self.scale = None
             for name in ("words", "scales", "row_scale", "shift", "lost"):
                 setattr(self, name, getattr(packed, name))
-            self.arrivals = torch.zeros(ops.ARRIVALS, dtype=torch.int32, device=self.words.device)
+            self.arrivals = torch.zeros(choice.MAX_SPLIT_TILES, dtype=torch.int32, device=self.words.device)
             self._set_alphas()
         else:
             self.packed, self.scale = self.weight.packed, self.weight.scale

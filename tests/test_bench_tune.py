@@ -95,10 +95,10 @@ def test_without_a_gpu(capsys):
 @pytest.mark.gpu
 def test_a_table_of_this_gpu(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    choice.tuned.cache_clear()
+    choice.reload()
     assert tune.main(["--shapes", "256x512", "--m", "1", "300", "--kinds", "bf16", "--repeats", "3"]) == 0
     rows = choice.tuned(choice.gpu(0).slug)["bf16", 256, 512]
     assert [row.m for row in rows] == [1, 300]
     assert tune.main(["--forget"]) == 0
-    choice.tuned.cache_clear()
+    choice.reload()
     assert choice.tuned(choice.gpu(0).slug) == {}

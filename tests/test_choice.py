@@ -43,7 +43,7 @@ def test_no_fp8_before_sm_89():
 
 def test_a_tuned_table_goes_first_and_is_kept_in_the_cache_directory(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    choice.tuned.cache_clear()
+    choice.reload()
     config = Config(32, 8, 64, 2, 1, 2, 2)
     path = choice.write_tuned("mine", {("bf16", 48, 80): (Row(4, (config,)), Row(8, (config,), (1.0,)))})
     assert path == tmp_path / "adallm" / "tune" / "mine.json"
@@ -52,7 +52,7 @@ def test_a_tuned_table_goes_first_and_is_kept_in_the_cache_directory(monkeypatch
     assert choice.choose(8, 48, 80, "bf16", mine) == config
     assert choice.choose(9, 48, 80, "bf16", mine) == choice.choose(9, 48, 80, "bf16", RTX4090)
     assert choice.choose(3, 64, 80, "bf16", mine) == choice.choose(3, 64, 80, "bf16", RTX4090)
-    choice.tuned.cache_clear()
+    choice.reload()
 
 
 @pytest.mark.parametrize(
@@ -60,10 +60,10 @@ def test_a_tuned_table_goes_first_and_is_kept_in_the_cache_directory(monkeypatch
 )
 def test_a_damaged_table_is_named(monkeypatch, tmp_path, text):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    choice.tuned.cache_clear()
+    choice.reload()
     path = choice.cache_file("mine")
     path.parent.mkdir(parents=True)
     path.write_text(text)
     with pytest.raises(ValueError, match=r"mine\.json: not a tuning table .*run adallm bench tune again"):
         choice.tuned("mine")
-    choice.tuned.cache_clear()
+    choice.reload()

@@ -7,7 +7,7 @@ import torch
 
 from adallm import fp8, nvfp4
 from adallm.kernels import layout, matmul
-from adallm.kernels.expand import expand
+from adallm.kernels.expand import expand, fp8_values
 from adallm.kernels.matmul import Config, launch
 from adallm.kernels.quantize import quantize_tokens
 
@@ -54,10 +54,10 @@ def error(out, expected):
 
 def fp8_weight(p):
     """The E4M3 weight of W4A8, its columns in their own order, FP64."""
-    values = expand(p.words, p.scales, p.shift, p.n, p.k, torch.float8_e4m3fn).float()
+    values = fp8_values(p)
     plain = torch.empty_like(values).view(p.n, -1, 16)
     plain[..., ORDER.to(DEVICE)] = values.view(p.n, -1, 16)
-    return plain.view(p.n, p.k).double() * (p.row_scale.double() * 2**7)[:, None]
+    return plain.view(p.n, p.k).double()
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
@@ -102,7 +102,7 @@ def test_w4a8_against_the_same_operands(config, dtype):
     ids=str,
 )
 def test_w4a8_of_long_sums(k, config):
-    """Sums stay in the FP8 tensor core for ``PROMOTE_COLUMNS`` only: at 25600 columns its own error would be 4e-3."""
+    """Sums stay in the FP8 tensor core for ``PROMOTE_COLUMNS`` only."""
     _, p = packed(256, k)
     x = torch.randn(256, k, device=DEVICE, dtype=torch.bfloat16)
     data, scale = quantize_tokens(x)
@@ -253,3 +253,24 @@ def test_blocks_cover_the_output():
         count = matmul.blocks(config, m, n)
         assert count * config.m * config.n >= m * n
         assert (count - 1) * config.m * config.n < (m + config.m) * (n + config.n)
+
+
+@pytest.mark.parametrize(
+    ("match", "x", "options"),
+    [
+        ("x is", (4, 24), {}),
+        ("x is", (4, 16), {"gated": True}),
+        ("x is", (2, 4, 16), {}),
+        ("weight is", (4, 32), {"weight": torch.ones(16, device=DEVICE)}),
+        ("weight is", (4, 32), {"weight": torch.ones(64, device=DEVICE)[::2]}),
+        ("weight is", (4, 32), {"weight": torch.ones(16, device=DEVICE), "gated": True}),
+    ],
+)
+def test_tokens_that_the_kernel_would_misread(match, x, options):
+    with pytest.raises(ValueError, match=match):
+        quantize_tokens(torch.ones(*x, device=DEVICE), **options)
+
+
+def test_tokens_of_another_dtype():
+    with pytest.raises(ValueError, match=r"x is torch\.float64"):
+        quantize_tokens(torch.ones(4, 32, dtype=torch.float64, device=DEVICE))

@@ -25,6 +25,13 @@ def error(y, expected):
     return float((y.double() - expected).norm() / expected.norm())
 
 
+@pytest.fixture(autouse=True)
+def _forget():
+    choice.reload()
+    yield
+    choice.reload()
+
+
 @pytest.mark.parametrize("activations", ["bf16", "fp8"])
 @pytest.mark.parametrize("m", [1, 7, 40, 130])
 @pytest.mark.parametrize("bias", [False, True])
@@ -37,7 +44,7 @@ def test_the_operator_on_every_row_of_the_table(monkeypatch, activations, m, bia
     p = layout.from_checkpoint(t)
     b = torch.randn(480, device=DEVICE).bfloat16() if bias else None
     x = torch.randn(m, 272, device=DEVICE).bfloat16()
-    arrivals = torch.zeros(ops.ARRIVALS, dtype=torch.int32, device=DEVICE)
+    arrivals = torch.zeros(choice.MAX_SPLIT_TILES, dtype=torch.int32, device=DEVICE)
     values, counts = torch.unique_consecutive(global_scale, return_counts=True)
     y = ops._linear(
         x,
@@ -65,8 +72,38 @@ TABLES = choice.TABLES["sm_90"]
 def test_the_operator_without_tokens():
     p = layout.from_checkpoint(nvfp4.NVFP4Tensor(*tensors(48, 80, DEVICE)))
     empty = torch.empty(0, 80, device=DEVICE).bfloat16()
-    args = (p.words, p.scales, p.row_scale, p.shift, None, None, 48, False, [1.0], [48], torch.bfloat16)
+    arrivals = torch.zeros(choice.MAX_SPLIT_TILES, dtype=torch.int32, device=DEVICE)
+    args = (p.words, p.scales, p.row_scale, p.shift, None, arrivals, 48, False, [1.0], [48], torch.bfloat16)
     assert ops._linear(empty, None, *args).shape == (0, 48)
+
+
+@pytest.mark.parametrize(
+    ("match", "change"),
+    [
+        ("stored is a weight", {"x": torch.zeros(2, 192)}),
+        ("stored is a weight", {"x": torch.zeros(80)}),
+        ("stored is a weight", {"n": 4800}),
+        ("without x_scale", {"x": torch.zeros(2, 80, dtype=torch.float32)}),
+        ("without x_scale", {"x": torch.zeros(2, 80, dtype=torch.float8_e4m3fn)}),
+        ("with x_scale", {"x_scale": torch.ones(2)}),
+        ("x_scale is", {"x": torch.zeros(2, 80, dtype=torch.float8_e4m3fn), "x_scale": torch.ones(3), "fp8": True}),
+        ("x_scale is", {"x": torch.zeros(2, 80, dtype=torch.float8_e4m3fn), "x_scale": torch.ones(2), "fp8": False}),
+        ("4096 arrivals", {"arrivals": torch.zeros(8, dtype=torch.int32)}),
+    ],
+)
+def test_the_operator_refuses_what_the_kernels_would_misread(match, change):
+    p = layout.from_checkpoint(nvfp4.NVFP4Tensor(*tensors(48, 80, "cpu")))
+    args = {
+        "x": torch.zeros(2, 80).bfloat16(),
+        "x_scale": None,
+        "words": p.words,
+        "arrivals": torch.zeros(choice.MAX_SPLIT_TILES, dtype=torch.int32),
+        "n": 48,
+        "fp8": False,
+    }
+    ops._check(**args)
+    with pytest.raises(ValueError, match=match):
+        ops._check(**{**args, **change})
 
 
 def on_gpu(n=320, k=1088, *, activations="bf16", bias=False, rows=False, dtype=torch.bfloat16):

@@ -176,25 +176,21 @@ def ours(weight: Weight, ms: Sequence[int], copies: Copies, *, activations: str)
         NVFP4Linear.from_tensors(t.packed.clone(), t.scale.clone(), t.global_scale.clone(), activations=activations)
         for _ in range(copies(t.nbytes))
     ]
-    path = getattr(layers[0], "path", None)
     return Prepared(
         layers,
         t.nbytes,
         NVFP4_BITS,
         activation_quant="included" if activations == "fp8" else None,
-        path=path if callable(path) else lambda m: None,
+        path=layers[0].path,
     )
 
 
 def fp8_weight(t: nvfp4.NVFP4Tensor) -> Tensor:
     """The values ``[n, k]`` in FP32 that W4A8 multiplies by, columns in ``FP8_COLUMNS`` order."""
     from adallm.kernels import layout
-    from adallm.kernels.dequant import VALUE_POWER
-    from adallm.kernels.expand import expand
+    from adallm.kernels.expand import fp8_values
 
-    p = layout.from_checkpoint(t)
-    w = expand(p.words, p.scales, p.shift, p.n, p.k, torch.float8_e4m3fn)
-    return w.float().mul_(p.row_scale[:, None] * VALUE_POWER.value)
+    return fp8_values(layout.from_checkpoint(t))
 
 
 def fp8_tokens(x: Tensor) -> Tensor:

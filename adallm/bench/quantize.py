@@ -10,13 +10,11 @@ import argparse
 import bisect
 import itertools
 import os
-import platform
 import statistics
 import struct
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -159,13 +157,6 @@ def measure(device: str, *, repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure on the CPU and, where there is one, on the GPU; write ``results/quantize_speed/<slug>.json`` for each."""
     parser = argparse.ArgumentParser(prog="python -m adallm.bench.quantize", description=__doc__.partition("\n")[0])
@@ -177,7 +168,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--repeats must be at least 2, or there is no spread")
     for device in options.device or devices:
         name = (
-            torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads of {_cpu_name()}"
+            torch.cuda.get_device_name()
+            if device == "cuda"
+            else f"{torch.get_num_threads()} threads of {results.cpu_name()}"
         )
         print(f"\nNVFP4 reference on {name}\n{_ROW.format(*_COLUMNS)}")
         rows = measure(device, repeats=options.repeats)
@@ -185,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "quantize_speed",
             rows,
             provenance=results.provenance(seed=SEED, gpu=device == "cuda"),
-            cpu=_cpu_name(),
+            cpu=results.cpu_name(),
             threads=torch.get_num_threads(),
             spread="interquartile range",
         )

@@ -35,11 +35,8 @@ def candidates(kind: str, gpu: GPU, m: int, n: int, k: int) -> list[Config | Non
         if family == "sm_90" and gpu.family != "sm_90":
             continue
         for config in (c for row in table.get(kind, ()) for c in row.configs if c.m <= max(2 * m, 8)):
-            steps = -(-k // (config.slices * config.k))
-            for splits in range(1, max(min(config.splits, steps // 2), 1) + 1):
-                option = dataclasses.replace(config, splits=splits)
-                if splits == 1 or matmul.blocks(option, m, n) <= ops.ARRIVALS:
-                    found.append(option)
+            splits = range(1, choice.most_splits(config, m, n, k) + 1)
+            found += [dataclasses.replace(config, splits=number) for number in splits]
     return list(dict.fromkeys(found))
 
 
@@ -47,10 +44,10 @@ def call(operands: Operands, index: int, config: Config | None, out: torch.Tenso
     """What runs the product with one copy of the weight."""
     p, x_scale = operands.packed[index], operands.x_scale
     if config is None:
-        shift, n = p.shift, out.shape[1]
-        whole = {"bias": None, "alphas": [1.0], "stops": [n]}
-        return partial(ops.library, operands.x, p.words, p.scales, p.row_scale, shift, out, x_scale=x_scale, **whole)
-    arrivals = torch.zeros(ops.ARRIVALS, dtype=torch.int32, device=out.device)
+        alpha = float(torch.ldexp(p.row_scale[0], p.shift[0].int()))  # the global scale
+        whole = {"x_scale": x_scale, "bias": None, "alphas": [alpha], "stops": [p.n]}
+        return partial(ops.library, operands.x, p.words, p.scales, p.row_scale, p.shift, out, **whole)
+    arrivals = torch.zeros(choice.MAX_SPLIT_TILES, dtype=torch.int32, device=out.device)
     given = {"x_scale": x_scale, "arrivals": arrivals}
     return partial(matmul.launch, operands.x, p.words, p.scales, p.row_scale, out, config, **given)
 
@@ -58,10 +55,7 @@ def call(operands: Operands, index: int, config: Config | None, out: torch.Tenso
 def fastest(
     operands: Operands, configs: Iterable[Config | None], *, repeats: int, time: Callable[..., tuple[float, float]]
 ) -> tuple[Config | None, float]:
-    """The configuration that takes the least time, and that time in us.
-
-    One that does not fit the GPU is passed over. The library multiplies by weights without their global scale, which
-    changes nothing of its time, so that it alone is not compared.
+    """The configuration that takes the least time, and that time in us. One that does not fit the GPU is passed over.
 
     Raises:
         ValueError: a result that is off by more than ``sm89.check.LIMIT``, or no configuration at all runs.
@@ -77,8 +71,10 @@ def fastest(
             if "out of resource" not in str(error):
                 raise
             continue
-        if config is not None and not (error := operands.relative_error(out)) <= LIMIT:
-            raise ValueError(f"{config}: relative error {error:.3g} with M={m} N={n}, above {LIMIT}")
+        if not (error := operands.relative_error(out)) <= LIMIT:
+            raise ValueError(
+                f"{config or 'expand + library'}: relative error {error:.3g} with M={m} N={n}, above {LIMIT}"
+            )
         us, _ = time(calls, repeats=repeats)
         if best is None or us < best[1]:
             best = config, us
@@ -129,6 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     gpu = choice.gpu(torch.cuda.current_device())
     if options.forget:
         choice.cache_file(gpu.slug).unlink(missing_ok=True)
+        choice.reload()
         return 0
     shapes = [*options.shapes, *itertools.chain.from_iterable(map(shapes_of, options.model))]
     kinds = options.kinds or [kind for kind in ("bf16", "fp8") if kind in choice.TABLES[gpu.family]]

@@ -8,9 +8,10 @@ three. In rows for more tokens each configuration has a time, and the product wi
 
     ceil(blocks * splits / multiprocessors) * us * K / (4096 * splits) + what adding up the splits takes
 
-"sm_90" was tuned on an H100. "sm_89" was chosen from the instruction counts of ``adallm bench sm89`` and has not been
-measured on an Ada card; it fits the 99 KB of shared memory of every GPU from sm_80 on and serves unknown ones too.
-``adallm bench tune`` measures the GPU at hand; what it writes into the user's cache directory goes before the table.
+"sm_90" comes from times on an H100, most of them of builds that did not yet wait for each product (``matmul.py``), and
+is to be measured again. "sm_89" was chosen without an Ada card, among configurations that compile without spills into
+the 99 KB of shared memory that every GPU from sm_80 on has; it serves unknown ones too. ``adallm bench tune`` measures
+the GPU at hand; what it writes into the user's cache directory goes before the table.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from adallm.results import slug
 
 # Blocks for each multiprocessor: at least, or the next configuration is tried; at most, by splitting K.
 _FILLED, _SPLIT_TO = 2, 3
+# Output tiles that may be split, each of which has a counter.
+MAX_SPLIT_TILES = 4096
 # Splits cost a fixed time in us, and their FP32 sums are written and read at this many bytes a us.
 _SPLIT_US, _SPLIT_BYTES = 2.0, 3.5e6
 
@@ -116,21 +119,30 @@ def gpu(device: int) -> GPU:
     return GPU(family, properties.multi_processor_count, slug(properties.name))
 
 
-def choose(m: int, n: int, k: int, kind: str, gpu: GPU) -> Config | None:
-    """The configuration for ``[M, K]`` tokens and a weight ``[N, K]``, or None for the library.
+def rows(kind: str, gpu: GPU) -> tuple[Row, ...]:
+    """The built-in table for a GPU.
 
     Raises:
         ValueError: a kind that the family has no tensor cores for.
     """
-    table = TABLES[gpu.family]
-    if kind not in table:
+    if kind not in TABLES[gpu.family]:
         raise ValueError(
             f"{gpu.slug} has no FP8 tensor cores, which activations='fp8' needs; supported there: activations='bf16'"
         )
+    return TABLES[gpu.family][kind]
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def choose(m: int, n: int, k: int, kind: str, gpu: GPU) -> Config | None:
+    """The configuration for ``[M, K]`` tokens and a weight ``[N, K]``, or None for the library.
+
+    Raises:
+        ValueError: as ``rows``.
+    """
     for row in tuned(gpu.slug).get((kind, n, k), ()):
         if m <= row.m:
             return row.configs[0] if row.configs else None
-    for row in table[kind]:
+    for row in rows(kind, gpu):
         if m <= row.m:
             return pick(row, m, n, k, gpu.sms)
     raise AssertionError(f"the table of {gpu.family} ends before M = {m}")
@@ -142,21 +154,23 @@ def pick(row: Row, m: int, n: int, k: int, sms: int) -> Config | None:
         options = [
             (dataclasses.replace(config, splits=splits), us)
             for config, us in zip(row.configs, row.us, strict=True)
-            for splits in range(1, max(min(config.splits, _steps(config, k) // 2), 1) + 1)
+            for splits in range(1, most_splits(config, m, n, k) + 1)
         ]
         return min(options, key=lambda option: _estimate(*option, m, n, k, sms))[0]
     chosen = None
     for config in row.configs:
         count = blocks(config, m, n)
-        splits = max(min(config.splits, _SPLIT_TO * sms // count, _steps(config, k) // 2), 1)
+        splits = max(min(most_splits(config, m, n, k), _SPLIT_TO * sms // count), 1)
         chosen = dataclasses.replace(config, splits=splits)
         if count * splits >= _FILLED * sms:
             break
     return chosen
 
 
-def _steps(config: Config, k: int) -> int:
-    return -(-k // (config.slices * config.k))
+def most_splits(config: Config, m: int, n: int, k: int) -> int:
+    """As many as the configuration allows, with two steps of K for each and a counter for each tile."""
+    steps = -(-k // (config.slices * config.k))
+    return max(min(config.splits, steps // 2), 1) if blocks(config, m, n) <= MAX_SPLIT_TILES else 1
 
 
 def _estimate(config: Config, us: float, m: int, n: int, k: int, sms: int) -> float:
@@ -168,8 +182,8 @@ def _estimate(config: Config, us: float, m: int, n: int, k: int, sms: int) -> fl
 def configurations(family: str) -> list[tuple[str, Config]]:
     """Every (kind, configuration) that the table of a family can choose, ``splits`` being 1 or, split at all, 2."""
     found = []
-    for kind, rows in TABLES[family].items():
-        for config in (config for row in rows for config in row.configs):
+    for kind, table in TABLES[family].items():
+        for config in (config for row in table for config in row.configs):
             found.append((kind, dataclasses.replace(config, splits=1)))
             if config.splits > 1:
                 found.append((kind, dataclasses.replace(config, splits=2)))
@@ -210,11 +224,17 @@ def write_tuned(slug: str, table: dict[tuple[str, int, int], tuple[Row, ...]]) -
     path = cache_file(slug)
     path.parent.mkdir(parents=True, exist_ok=True)
     entries = [
-        {"kind": kind, "n": n, "k": k, "rows": [dataclasses.asdict(row) for row in rows]}
-        for (kind, n, k), rows in table.items()
+        {"kind": kind, "n": n, "k": k, "rows": [dataclasses.asdict(row) for row in found]}
+        for (kind, n, k), found in table.items()
     ]
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps({"entries": entries}, indent=1) + "\n")
     partial.replace(path)
-    tuned.cache_clear()
+    reload()
     return path
+
+
+def reload() -> None:
+    """Look at the user's tables again: one was written or deleted."""
+    tuned.cache_clear()
+    choose.cache_clear()

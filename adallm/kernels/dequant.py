@@ -60,21 +60,12 @@ def _pair(out: str, j: int, magnitude_bit: int) -> str:
     )
 
 
-def _asm_16(kind: str, magnitude_bit: int) -> str:
-    """Eight copies of a word and of the scales of its values -> eight products, order (kh, rh, kl)."""
+def _asm_16(kind: str, magnitude_bit: int, scales: tuple[int, int]) -> str:
+    """A word in $4 -> four registers of two products, (kh, rh); ``scales``: the operands with those of rh = 0 and 1."""
     body = []
     for j in range(4):
         body.append(_pair(f"${j}", j, magnitude_bit))
-        body.append(f"fma.rn.{kind} ${j}, ${j}, ${12 + 2 * (j % 2)}, z;")
-    return "{ .reg .b32 a, z; mov.b32 z, 0x80008000;\n" + "\n".join(body).replace("$w", "$4") + " }"
-
-
-def _asm_pairs(kind: str, magnitude_bit: int) -> str:
-    """A word and the scales of its rows rh = 0 and 1 -> four registers of two products, (kh, rh)."""
-    body = []
-    for j in range(4):
-        body.append(_pair(f"${j}", j, magnitude_bit))
-        body.append(f"fma.rn.{kind} ${j}, ${j}, ${5 + j % 2}, z;")
+        body.append(f"fma.rn.{kind} ${j}, ${j}, ${scales[j % 2]}, z;")
     return "{ .reg .b32 a, z; mov.b32 z, 0x80008000;\n" + "\n".join(body).replace("$w", "$4") + " }"
 
 
@@ -92,16 +83,17 @@ def _asm_8() -> str:
 # Lowest bit of the magnitude: its top two bits are the lowest of the exponent, 8 mantissa bits in BF16 and 10 in FP16.
 _BF16_BIT, _FP16_BIT = 6, 9
 
-_INPUTS = ",r" * 16
-_ASM_BF16 = tl.constexpr(_asm_16("bf16x2", _BF16_BIT))
-_ASM_FP16 = tl.constexpr(_asm_16("f16x2", _FP16_BIT))
+# Eight copies of a word and of the scales of its values, in the order (kh, rh, kl).
+_INPUTS, _OF_EIGHT = ",r" * 16, (12, 14)
+_ASM_BF16 = tl.constexpr(_asm_16("bf16x2", _BF16_BIT, _OF_EIGHT))
+_ASM_FP16 = tl.constexpr(_asm_16("f16x2", _FP16_BIT, _OF_EIGHT))
 _ASM_8 = tl.constexpr(_asm_8())
 _ASM_E4M3 = tl.constexpr(
     "{ .reg .b16 a, b; cvt.rn.satfinite.e4m3x2.f32 a, $2, $1; cvt.rn.satfinite.e4m3x2.f32 b, $4, $3;\n"
     "mov.b32 $0, {a, b}; }"
 )
-_ASM_PAIRS_BF16 = tl.constexpr(_asm_pairs("bf16x2", _BF16_BIT))
-_ASM_PAIRS_FP16 = tl.constexpr(_asm_pairs("f16x2", _FP16_BIT))
+_ASM_PAIRS_BF16 = tl.constexpr(_asm_16("bf16x2", _BF16_BIT, (5, 6)))
+_ASM_PAIRS_FP16 = tl.constexpr(_asm_16("f16x2", _FP16_BIT, (5, 6)))
 _OUT_16 = tl.constexpr("=&r,=&r,=&r,=&r" + _INPUTS)
 _OUT_8 = tl.constexpr("=&r,=&r" + _INPUTS)
 

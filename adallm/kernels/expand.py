@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adallm.kernels.dequant import fp8_order, to_dtype, to_e4m3, values
+from adallm.kernels.dequant import VALUE_POWER, fp8_order, to_dtype, to_e4m3, values
+from adallm.kernels.layout import Packed
 
 _R, _C, _WARPS = 4, 2, 4
 
@@ -63,5 +64,17 @@ def expand(words: Tensor, scales: Tensor, shift: Tensor, n: int, k: int, dtype: 
     out = torch.empty(n, k, dtype=dtype, device=words.device)
     kind = "bf16" if dtype == torch.bfloat16 else "fp16"
     grid = (triton.cdiv(words.shape[0], _R), triton.cdiv(words.shape[1], _C))
-    nvfp4_expand[grid](words, scales, shift, out, n, k, R=_R, C=_C, KIND=kind, FAST=words.is_cuda, num_warps=_WARPS)
+    nvfp4_expand[grid](
+        words, scales, shift, out, n, k, R=_R, C=_C, KIND=kind, FAST=words.device.type != "cpu", num_warps=_WARPS
+    )
     return out
+
+
+def fp8_values(p: Packed) -> Tensor:
+    """The weight that W4A8 multiplies by, ``E4M3(e2m1 * scale * 2^shift * 2^-7) * row_scale * 2^7``.
+
+    Returns:
+        FP32 ``[n, k]``, its columns in ``FP8_COLUMNS`` order.
+    """
+    weight = expand(p.words, p.scales, p.shift, p.n, p.k, torch.float8_e4m3fn)
+    return weight.float().mul_(p.row_scale[:, None] * VALUE_POWER.value)

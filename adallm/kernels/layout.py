@@ -12,8 +12,8 @@ eight codes are those that the lane holds of a 16x16 operand A of ``mma.m16n8k16
 ``kl`` picks the half of the word. A half is four signs, then four magnitudes of three bits; those of pair ``2 kh + rh``
 stand at ``SIGN_BIT`` and from ``MAGNITUDE_BIT`` up. Shifted and masked to the sign, the two low exponent bits and the
 top mantissa bit of a 16-bit float, they are ``e2m1 * 2^-126`` in BF16 or ``e2m1 * 2^-14`` in FP16, subnormals included.
-Of all arrangements this one takes the fewest instructions of the integer unit, which is what limits the kernel on
-Hopper: six masks and a right shift for eight BF16 values, since left shifts run as multiplications elsewhere.
+The positions ask little of the integer unit, which issues at half rate: six masks and a right shift for eight BF16
+values, while the left shifts become multiplications, which another unit does.
 
 **Scales.** ``scales`` is int32 ``[N16, K64, 8, 2]``, indexed by ``g`` and ``rh``: the bytes of the row's blocks
 ``kk = 0..3``, lowest byte first. A byte is five bits of exponent and three of mantissa, ``2^(e - 22) * (1 + m / 8)`` or

@@ -2,7 +2,6 @@
 
 They are registered with fake implementations, so that ``torch.compile`` sees shapes and dtypes and leaves the rest
 alone, and they allocate their output and scratch through torch's allocator, so that CUDA graphs can hold them.
-Arguments are checked by the modules that call them.
 
 ``arrivals`` counts blocks that share an output tile and is zero again when a call ends: to a caller the operators
 change nothing. Two calls on the same weight must not run at the same time on two streams.
@@ -10,17 +9,19 @@ change nothing. Two calls on the same weight must not run at the same time on tw
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from adallm.kernels import choice
 from adallm.kernels.dequant import VALUE_POWER
 from adallm.kernels.expand import expand
+from adallm.kernels.layout import TILE_K, TILE_N, padded
 from adallm.kernels.matmul import KINDS, Config, launch
 from adallm.kernels.quantize import quantize_tokens
-
-# Output tiles that can be split, which is done while they are few.
-ARRIVALS = 4096
 
 _LIBRARY = torch.library.Library("adallm", "FRAGMENT")
 _LIBRARY.define(
@@ -36,7 +37,7 @@ def chosen(m: int, n: int, k: int, kind: str, dtype: torch.dtype, bias: bool, gp
     """The configuration, or None for the library, whose FP8 product takes no bias and gives BF16 only."""
     config = choice.choose(m, n, k, kind, gpu)
     if config is None and kind == "fp8" and (bias or dtype != torch.bfloat16):
-        row = [row for row in choice.TABLES[gpu.family][kind] if row.configs][-1]
+        row = [row for row in choice.rows(kind, gpu) if row.configs][-1]
         config = choice.pick(row, m, n, k, gpu.sms)
     return config
 
@@ -64,6 +65,7 @@ def _linear(
     stops: list[int],
     dtype: torch.dtype,
 ) -> Tensor:
+    _check(x, x_scale, words, arrivals, n, fp8)
     m, k = x.shape
     out = torch.empty(m, n, dtype=dtype, device=x.device)
     if not m:
@@ -79,6 +81,23 @@ def _linear(
         return out
     library(x, words, scales, row_scale, shift, out, x_scale=x_scale, bias=bias, alphas=alphas, stops=stops)
     return out
+
+
+def _check(x: Tensor, x_scale: Tensor | None, words: Tensor, arrivals: Tensor, n: int, fp8: bool) -> None:
+    """Raise a ValueError for what the kernels would read or write out of bounds, or take for something else."""
+    wanted = (TILE_N * words.shape[0], TILE_K * words.shape[1])
+    if x.dim() != 2 or padded(n, x.shape[1]) != wanted or x.shape[1] % 16:
+        raise ValueError(f"x is {list(x.shape)} and n {n}; stored is a weight of {list(wanted)}, padding included")
+    if x.dtype not in KINDS or (x.dtype == torch.float8_e4m3fn) != (x_scale is not None):
+        given = "with" if x_scale is not None else "without"
+        raise ValueError(f"x is {x.dtype} {given} x_scale; supported: bfloat16, float16, or float8_e4m3fn with x_scale")
+    if x_scale is not None and (not fp8 or x_scale.shape != x.shape[:1] or x_scale.dtype != torch.float32):
+        raise ValueError(f"x_scale is {x_scale.dtype} {list(x_scale.shape)}; it must be float32 {list(x.shape[:1])}")
+    if len({t.device for t in (x, words, arrivals)}) > 1 or arrivals.numel() < choice.MAX_SPLIT_TILES:
+        raise ValueError(
+            f"x is on {x.device}, words on {words.device}, arrivals {list(arrivals.shape)} on {arrivals.device}; they "
+            f"must be on one device, with {choice.MAX_SPLIT_TILES} arrivals"
+        )
 
 
 def library(
@@ -124,13 +143,22 @@ def library(
 
 
 def _tokens(x: Tensor, weight: Tensor | None, eps: float, gated: bool, ordered: bool) -> tuple[Tensor, Tensor]:
-    if x.stride(1) != 1:
-        x = x.contiguous()
     return quantize_tokens(x, weight=weight, eps=eps, gated=gated, ordered=ordered)
 
 
-_LIBRARY.impl("nvfp4_linear", _linear, "CUDA")
-_LIBRARY.impl("fp8_tokens", _tokens, "CUDA")
+def _on_its_device(op: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device, which need not be that of the first argument."""
+
+    @functools.wraps(op)
+    def run(x: Tensor, *args: Any) -> Any:
+        with torch.cuda.device_of(x):
+            return op(x, *args)
+
+    return run
+
+
+_LIBRARY.impl("nvfp4_linear", _on_its_device(_linear), "CUDA")
+_LIBRARY.impl("fp8_tokens", _on_its_device(_tokens), "CUDA")
 
 
 @torch.library.register_fake("adallm::nvfp4_linear", lib=_LIBRARY)

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from adallm.fp8 import INPUT_DTYPES
 from adallm.kernels.dequant import fp8_order, to_e4m3
 
 # Longest row that a block keeps in registers; of a longer one it reads pieces, again for each pass, from the cache.
@@ -86,14 +87,28 @@ def quantize_tokens(
     """E4M3 data ``[M, K]`` and float32 scales ``[M]`` of ``x`` ``[M, K]``, of its RMSNorm, or of ``silu(a) * b``.
 
     Args:
-        x: bfloat16, float16 or float32, stride 1 along K; ``[M, 2 K]`` where ``gated``. K is a multiple of 16.
+        x: bfloat16, float16 or float32; ``[M, 2 K]`` where ``gated``. K is a multiple of 16.
         weight: ``[K]`` of the RMSNorm, with ``eps``.
         gated: SiLU of the first half times the second.
         ordered: write the columns in their own order, as the reference does.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit.
     """
-    m, k = x.shape
-    if gated:
-        k //= 2
+    halves = 2 if gated else 1
+    if x.dim() != 2 or x.dtype not in INPUT_DTYPES or x.shape[1] % (16 * halves) or not x.shape[1]:
+        raise ValueError(
+            f"x is {x.dtype} {list(x.shape)}; it must be bfloat16, float16 or float32 [M, {'2 K' if gated else 'K'}] "
+            "with K a multiple of 16"
+        )
+    m, k = x.shape[0], x.shape[1] // halves
+    if weight is not None and (gated or weight.shape != (k,) or weight.device != x.device or weight.stride(0) != 1):
+        raise ValueError(
+            f"weight is {list(weight.shape)} on {weight.device}; an RMSNorm's is contiguous [{k}] on {x.device}, and "
+            "none belongs to gated activations"
+        )
+    if x.stride(1) != 1:
+        x = x.contiguous()
     data = torch.empty(m, k, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(m, dtype=torch.float32, device=x.device)
     if not m:
@@ -111,7 +126,7 @@ def quantize_tokens(
         PIECES=triton.cdiv(k, block),
         INPUT="silu_and_mul" if gated else "none" if weight is None else "rms_norm",
         ORDERED=ordered,
-        FAST=x.is_cuda,
+        FAST=x.device.type != "cpu",
         num_warps=16 if k > block else min(max(block // 512, 1), 16),
     )
     return data, scale

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from adallm import nvfp4
 from adallm.kernels import layout, matmul
-from adallm.kernels.dequant import VALUE_POWER
-from adallm.kernels.expand import expand
+from adallm.kernels.expand import fp8_values
 from adallm.kernels.matmul import Config
 from adallm.kernels.quantize import quantize_tokens
 from adallm.sm89 import driver
@@ -59,8 +58,7 @@ class Operands:
         dense, x_scale = nvfp4.dequantize(weight), None
         if kind == "fp8":
             x, x_scale = quantize_tokens(x)
-            eight = expand(packed.words, packed.scales, packed.shift, n, k, torch.float8_e4m3fn)
-            dense = eight.float() * (packed.row_scale[:, None] * VALUE_POWER.value)
+            dense = fp8_values(packed)
         more = copies(packed.words.nbytes + packed.scales.nbytes) - 1
         clones = [replace(packed, words=packed.words.clone(), scales=packed.scales.clone()) for _ in range(more)]
         return cls(kind, x, x_scale, [packed, *clones], dense)
