@@ -135,7 +135,8 @@ def qdq(x: Tensor, granularity: str = "token") -> Tensor:
 
 
 def _scale(amax: Tensor) -> Tensor:
-    scale = amax.float() / E4M3_MAX
+    # By a tensor: divided by a number, torch multiplies by its reciprocal on CUDA.
+    scale = amax.float() / torch.full_like(amax, E4M3_MAX, dtype=torch.float32)
     return torch.where(scale == 0, 1.0, scale)
 
 

@@ -149,7 +149,8 @@ class NVFP4Linear(ReferenceLinear):
         if config is None:
             return "expand + library"
         c = config
-        return f"n{c.n} m{c.m} k{c.k} slices{c.slices} splits{c.splits} warps{c.warps} stages{c.stages}"
+        tile = f"n{c.n} m{c.m} k{c.k} slices{c.slices} splits{c.splits} warps{c.warps} stages{c.stages}"
+        return f"{tile} overlap" if c.overlap else tile
 
     def scratch_bytes(self, m: int, dtype: torch.dtype = torch.bfloat16) -> int:
         """Bytes that a call with ``m`` tokens allocates on a GPU beside its output, freed when it returns."""

@@ -12,6 +12,7 @@ from adallm.kernels.choice import GPU
 from adallm.kernels.matmul import Config
 from adallm.sm89.check import Operands
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ADA, HOPPER = GPU("sm_89", 128, "none"), GPU("sm_90", 132, "none")
 
 
@@ -31,7 +32,7 @@ def test_candidates_suit_the_tokens_and_the_gpu():
 
 
 def test_the_fastest_is_kept_and_all_are_checked(monkeypatch):
-    operands = Operands.random("bf16", 3, 48, 80, copies=lambda nbytes: 2, device="cpu")
+    operands = Operands.random("bf16", 3, 48, 80, copies=lambda nbytes: 2, device=DEVICE)
     slow, quick = Config(32, 8, 64, 2, 1, 2, 2), Config(16, 8, 64, 2, 1, 2, 2)
     times = iter([9.0, 2.0])
 
@@ -48,7 +49,7 @@ def test_the_fastest_is_kept_and_all_are_checked(monkeypatch):
 
 
 def test_one_that_does_not_fit_is_passed_over(monkeypatch):
-    operands = Operands.random("bf16", 3, 48, 80, copies=lambda nbytes: 1, device="cpu")
+    operands = Operands.random("bf16", 3, 48, 80, copies=lambda nbytes: 1, device=DEVICE)
 
     def raises(message):
         def run():

@@ -31,9 +31,23 @@ def test_few_rows_are_split_along_k_and_many_are_not():
 
 
 def test_a_row_of_times_takes_the_least():
-    row = Row(8, (Config(128, 8, 64, 1, 1, 4, 3), Config(16, 8, 64, 1, 1, 4, 3)), (10.0, 2.0))
-    assert choice.pick(row, 8, 128 * 10, 4096, 10).n == 128  # one wave of 10 against eight of 2
+    row = Row(8, (Config(128, 8, 64, 1, 1, 4, 3), Config(16, 8, 64, 1, 1, 4, 3)), ((10.0, 10.0), (3.0, 2.0)))
+    assert choice.pick(row, 8, 128 * 10, 4096, 10).n == 128  # one wave of 10 against eight of 2, or one of 3
     assert choice.pick(row, 8, 16 * 10, 4096, 10).n == 16
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp8"])
+@pytest.mark.parametrize("m", [16, 64, 512])
+def test_an_overlapping_configuration_takes_its_k(kind, m):
+    assert choice.choose(m, 4096, 4096, kind, H100).overlap
+    for k in (4096 + 16, 4096 + 64, 96):
+        config = choice.choose(m, 4096, k, kind, H100)
+        assert config.takes(k)
+        assert not config.overlap
+    step = Config(64, 64, 128, 1, 3, 4, 4, True)
+    assert step.takes(768)
+    assert not step.takes(512)
+    assert not step.takes(896)
 
 
 def test_no_fp8_before_sm_89():
@@ -45,7 +59,7 @@ def test_a_tuned_table_goes_first_and_is_kept_in_the_cache_directory(monkeypatch
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     choice.reload()
     config = Config(32, 8, 64, 2, 1, 2, 2)
-    path = choice.write_tuned("mine", {("bf16", 48, 80): (Row(4, (config,)), Row(8, (config,), (1.0,)))})
+    path = choice.write_tuned("mine", {("bf16", 48, 80): (Row(4, (config,)), Row(8, (config,), ((1.0, 1.0),)))})
     assert path == tmp_path / "adallm" / "tune" / "mine.json"
     mine = GPU("sm_89", 128, "mine")
     assert choice.choose(3, 48, 80, "bf16", mine) == config

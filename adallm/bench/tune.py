@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from adallm.bench._timing import copies, graph_us
-from adallm.kernels import choice, matmul, ops
+from adallm.kernels import choice, ops
 from adallm.kernels.choice import GPU, Row
 from adallm.kernels.matmul import Config
 from adallm.sm89.check import LIMIT, Operands
@@ -36,7 +36,8 @@ def candidates(kind: str, gpu: GPU, m: int, n: int, k: int) -> list[Config | Non
             continue
         for config in (c for row in table.get(kind, ()) for c in row.configs if c.m <= max(2 * m, 8)):
             splits = range(1, choice.most_splits(config, m, n, k) + 1)
-            found += [dataclasses.replace(config, splits=number) for number in splits]
+            split = [dataclasses.replace(config, splits=number) for number in splits]
+            found += [config for config in split if config.takes(k)]
     return list(dict.fromkeys(found))
 
 
@@ -45,11 +46,11 @@ def call(operands: Operands, index: int, config: Config | None, out: torch.Tenso
     p, x_scale = operands.packed[index], operands.x_scale
     if config is None:
         alpha = float(torch.ldexp(p.row_scale[0], p.shift[0].int()))  # the global scale
-        whole = {"x_scale": x_scale, "bias": None, "alphas": [alpha], "stops": [p.n]}
+        whole = {"x_scale": x_scale, "alphas": [alpha], "stops": [p.n]}
         return partial(ops.library, operands.x, p.words, p.scales, p.row_scale, p.shift, out, **whole)
     arrivals = torch.zeros(choice.MAX_SPLIT_TILES, dtype=torch.int32, device=out.device)
     given = {"x_scale": x_scale, "arrivals": arrivals}
-    return partial(matmul.launch, operands.x, p.words, p.scales, p.row_scale, out, config, **given)
+    return partial(ops.launcher(config), operands.x, p.words, p.scales, p.row_scale, out, config, **given)
 
 
 def fastest(

@@ -6,12 +6,11 @@ the weight is expanded into a scratch buffer in front of its matrix product. In 
 most of the time, the first configuration that gives each multiprocessor two blocks is taken, K being split until it has
 three. In rows for more tokens each configuration has a time, and the product with the least of this is taken::
 
-    ceil(blocks * splits / multiprocessors) * us * K / (4096 * splits) + what adding up the splits takes
+    waves * us * K / (4096 * splits) + what adding up the splits takes, waves = ceil(blocks * splits / multiprocessors)
 
-"sm_90" comes from times on an H100, most of them of builds that did not yet wait for each product (``matmul.py``), and
-is to be measured again. "sm_89" was chosen without an Ada card, among configurations that compile without spills into
-the 99 KB of shared memory that every GPU from sm_80 on has; it serves unknown ones too. ``adallm bench tune`` measures
-the GPU at hand; what it writes into the user's cache directory goes before the table.
+"sm_90" comes from times on an H100. "sm_89" was chosen without an Ada card, among configurations that compile without
+spills into the 99 KB of shared memory that every GPU from sm_80 on has; it serves unknown ones too. ``adallm bench
+tune`` measures the GPU at hand; what it writes into the user's cache directory goes before the table.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from adallm.kernels.matmul import Config, blocks
 from adallm.results import slug
 
 # Blocks for each multiprocessor: at least, or the next configuration is tried; at most, by splitting K.
-_FILLED, _SPLIT_TO = 2, 3
+_FILLED, _SPLIT_TO = 1.5, 3
 # Output tiles that may be split, each of which has a counter.
 MAX_SPLIT_TILES = 4096
 # Splits cost a fixed time in us, and their FP32 sums are written and read at this many bytes a us.
@@ -41,36 +40,51 @@ class Row:
 
     Attributes:
         configs: from the largest tile to the smallest, ``splits`` being the most that are tried.
-        us: for each, the time of a block over 4096 columns on a multiprocessor that it shares; empty for few tokens.
+        us: for each, what a block over 4096 columns takes on a multiprocessor of its own, and what each takes of one
+            that several share; empty for few tokens.
     """
 
     m: int
     configs: tuple[Config, ...]
-    us: tuple[float, ...] = ()
+    us: tuple[tuple[float, float], ...] = ()
 
 
 ANY = 1 << 62
 
 # fmt: off
 _SM_90_16 = (
-    #            n    m    k  slices splits warps stages
-    Row(8,    (Config(64,  8,   256, 1, 1, 4, 3), Config(16, 8, 128, 4, 1, 4, 4))),
-    Row(16,   (Config(64,  16,  128, 1, 6, 4, 4),)),
-    Row(32,   (Config(64,  32,  128, 1, 6, 4, 4),)),
-    Row(64,   (Config(64,  64,  128, 1, 4, 4, 3),)),
-    Row(128,  (Config(64,  128, 64,  1, 4, 4, 4), Config(64, 64,  64, 1, 4, 4, 4)), (16.5, 11.0)),
-    Row(256,  (Config(128, 256, 64,  1, 4, 8, 4), Config(64, 128, 64, 1, 4, 4, 4)), (44.5, 16.5)),
-    Row(1024, (Config(128, 256, 64,  1, 4, 8, 3), Config(64, 256, 64, 1, 2, 4, 3)), (45.5, 28.5)),
+    #            n    m    k  slices splits warps stages overlap, and us of a block alone and of one in company
+    Row(8,    (Config(64,  8,   128, 1, 1, 4, 5, True), Config(16, 8, 128, 4, 1, 4, 4))),
+    Row(16,   (Config(64,  16,  128, 1, 4, 4, 5, True), Config(64, 16, 256, 1, 4, 4, 3))),
+    Row(32,   (Config(64,  32,  128, 1, 4, 4, 5, True), Config(64, 32, 128, 1, 4, 4, 4))),
+    Row(64,   (Config(64,  64,  64,  1, 2, 4, 5, True), Config(64, 64, 128, 1, 6, 4, 5, True),
+               Config(64,  64,  128, 1, 4, 4, 3)), ((16.0, 10.8), (14.0, 11.3), (20.0, 14.0))),
+    Row(128,  (Config(64,  128, 64,  1, 4, 4, 4, True), Config(64, 64, 128, 1, 4, 4, 5, True),
+               Config(64,  128, 128, 1, 4, 4, 4, True), Config(64, 128, 64, 1, 4, 4, 4)),
+              ((23.0, 14.7), (13.5, 11.3), (18.5, 18.5), (26.0, 20.0))),
+    Row(256,  (Config(64,  128, 64,  1, 4, 4, 4, True), Config(64, 128, 128, 1, 4, 4, 4, True),
+               Config(128, 128, 64,  1, 4, 8, 4, True), Config(128, 256, 64, 1, 2, 8, 4, True),
+               Config(64,  128, 64,  1, 4, 4, 4)),
+              ((23.0, 14.5), (18.9, 18.5), (27.9, 28.5), (44.0, 46.0), (26.0, 20.0))),
+    Row(3072, (Config(128, 256, 64,  1, 2, 8, 4, True), Config(128, 128, 64, 1, 2, 8, 4, True),
+               Config(64,  128, 64,  1, 2, 4, 4, True), Config(128, 256, 64, 1, 2, 8, 3)),
+              ((46.0, 45.5), (29.5, 28.2), (31.0, 14.9), (55.0, 55.0))),
     Row(ANY,  ()),
 )
 _SM_90_8 = (
-    Row(8,    (Config(64,  8,   256, 1, 6, 4, 3),)),
-    Row(16,   (Config(64,  16,  256, 1, 6, 4, 3),)),
-    Row(32,   (Config(64,  32,  256, 1, 6, 4, 3),)),
-    Row(64,   (Config(64,  64,  256, 1, 4, 4, 3),)),
-    Row(128,  (Config(64,  128, 128, 1, 4, 4, 4), Config(64, 64,  256, 1, 4, 4, 3)), (17.5, 10.0)),
-    Row(256,  (Config(128, 256, 128, 1, 3, 8, 4), Config(64, 128, 128, 1, 4, 4, 4)), (43.5, 14.7)),
-    Row(512,  (Config(128, 256, 128, 1, 3, 8, 4), Config(64, 128, 128, 1, 4, 4, 4)), (42.5, 14.7)),
+    Row(8,    (Config(64,  8,   256, 1, 4, 4, 4, True), Config(64, 8, 256, 1, 4, 4, 3))),
+    Row(16,   (Config(64,  16,  256, 1, 4, 4, 4, True), Config(64, 16, 256, 1, 4, 4, 3))),
+    Row(32,   (Config(64,  32,  128, 1, 6, 4, 5, True), Config(64, 32, 256, 1, 6, 4, 3))),
+    Row(64,   (Config(64,  64,  128, 1, 6, 4, 5, True), Config(64, 64, 256, 1, 4, 4, 4, True),
+               Config(64,  64,  256, 1, 4, 4, 3)), ((14.0, 9.3), (12.1, 10.0), (20.0, 14.0))),
+    Row(128,  (Config(64,  128, 128, 1, 4, 4, 4, True), Config(64, 64, 256, 1, 4, 4, 4, True),
+               Config(64,  128, 128, 1, 4, 4, 4)), ((16.1, 13.3), (12.0, 10.5), (22.0, 17.5))),
+    Row(256,  (Config(128, 256, 128, 1, 2, 8, 3, True), Config(128, 128, 128, 1, 2, 8, 4, True),
+               Config(64,  128, 128, 1, 4, 4, 4, True), Config(64, 128, 128, 1, 4, 4, 4)),
+              ((34.0, 34.0), (24.5, 24.5), (16.2, 12.3), (22.0, 17.5))),
+    Row(2048, (Config(128, 256, 128, 1, 2, 8, 3, True), Config(128, 128, 128, 1, 2, 8, 4, True),
+               Config(64,  128, 128, 1, 2, 4, 4, True), Config(128, 256, 128, 1, 2, 8, 4)),
+              ((34.0, 33.0), (24.8, 24.3), (16.2, 11.8), (42.5, 42.5))),
     Row(ANY,  ()),
 )
 _SM_89_16 = (
@@ -154,11 +168,14 @@ def pick(row: Row, m: int, n: int, k: int, sms: int) -> Config | None:
         options = [
             (dataclasses.replace(config, splits=splits), us)
             for config, us in zip(row.configs, row.us, strict=True)
+            if dataclasses.replace(config, splits=1).takes(k)
             for splits in range(1, most_splits(config, m, n, k) + 1)
         ]
         return min(options, key=lambda option: _estimate(*option, m, n, k, sms))[0]
     chosen = None
     for config in row.configs:
+        if not dataclasses.replace(config, splits=1).takes(k):
+            continue
         count = blocks(config, m, n)
         splits = max(min(most_splits(config, m, n, k), _SPLIT_TO * sms // count), 1)
         chosen = dataclasses.replace(config, splits=splits)
@@ -173,9 +190,9 @@ def most_splits(config: Config, m: int, n: int, k: int) -> int:
     return max(min(config.splits, steps // 2), 1) if blocks(config, m, n) <= MAX_SPLIT_TILES else 1
 
 
-def _estimate(config: Config, us: float, m: int, n: int, k: int, sms: int) -> float:
+def _estimate(config: Config, us: tuple[float, float], m: int, n: int, k: int, sms: int) -> float:
     waves = -(-blocks(config, m, n) * config.splits // sms)
-    time = waves * us * k / (4096 * config.splits)
+    time = max(us[0], waves * us[1]) * k / (4096 * config.splits)
     return time if config.splits == 1 else time + _SPLIT_US + config.splits * m * n * 8 / _SPLIT_BYTES
 
 
@@ -211,7 +228,7 @@ def tuned(slug: str) -> dict[tuple[str, int, int], tuple[Row, ...]]:
         entries = json.loads(path.read_text())["entries"]
         return {
             (e["kind"], e["n"], e["k"]): tuple(
-                Row(r["m"], tuple(Config(**c) for c in r["configs"]), tuple(r["us"])) for r in e["rows"]
+                Row(r["m"], tuple(Config(**c) for c in r["configs"]), tuple(map(tuple, r["us"]))) for r in e["rows"]
             )
             for e in entries
         }

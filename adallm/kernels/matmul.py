@@ -34,6 +34,7 @@ class Config:
         splits: blocks that share an output tile along K.
         warps: warps in a block; equal to ``slices`` where that is above 1.
         stages: steps in flight.
+        overlap: ``hopper.py`` in place of this module's kernel: sm_90, ``slices`` 1, K a multiple of ``2 k``.
     """
 
     n: int
@@ -43,6 +44,16 @@ class Config:
     splits: int
     warps: int
     stages: int
+    overlap: bool = False
+
+    @property
+    def step(self) -> int:
+        """Columns that a split has a multiple of."""
+        return self.slices * self.k * (2 if self.overlap else 1)
+
+    def takes(self, k: int) -> bool:
+        """Whether the kernel has K columns for every split, and handles what is left of them."""
+        return not self.overlap or (k % self.step == 0 and k >= self.splits * self.step)
 
 
 # A sum of E4M3 products is at most 448 * 21 * K, and times this within FP16 up to K of 400,000.
@@ -218,9 +229,8 @@ def blocks(config: Config, m: int, n: int) -> int:
 
 def promote(config: Config, k: int) -> int:
     """Steps after which FP8 sums leave the tensor core, or 0 where K is too short for that."""
-    step = config.slices * config.k
-    columns = triton.cdiv(triton.cdiv(k, step), config.splits) * step
-    return PROMOTE_COLUMNS // step if columns > PROMOTE_COLUMNS else 0
+    columns = triton.cdiv(triton.cdiv(k, config.step), config.splits) * config.step
+    return PROMOTE_COLUMNS // (config.slices * config.k) if columns > PROMOTE_COLUMNS else 0
 
 
 def launch(

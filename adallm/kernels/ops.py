@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adallm.kernels import choice
+from adallm.kernels import choice, matmul
 from adallm.kernels.dequant import VALUE_POWER
 from adallm.kernels.expand import expand
 from adallm.kernels.layout import TILE_K, TILE_N, padded
-from adallm.kernels.matmul import KINDS, Config, launch
+from adallm.kernels.matmul import KINDS, Config
 from adallm.kernels.quantize import quantize_tokens
 
 _LIBRARY = torch.library.Library("adallm", "FRAGMENT")
@@ -34,9 +34,9 @@ _LIBRARY.define(
 
 
 def chosen(m: int, n: int, k: int, kind: str, dtype: torch.dtype, bias: bool, gpu: choice.GPU) -> Config | None:
-    """The configuration, or None for the library, whose FP8 product takes no bias and gives BF16 only."""
+    """The configuration, or None for the library, which rounds before it adds a bias, and gives BF16 of FP8."""
     config = choice.choose(m, n, k, kind, gpu)
-    if config is None and kind == "fp8" and (bias or dtype != torch.bfloat16):
+    if config is None and (bias or (kind == "fp8" and dtype != torch.bfloat16)):
         row = [row for row in choice.rows(kind, gpu) if row.configs][-1]
         config = choice.pick(row, m, n, k, gpu.sms)
     return config
@@ -48,6 +48,15 @@ def scratch_bytes(config: Config | None, m: int, n: int, k: int, kind: str) -> i
     if config is None:
         return tokens + n * k * (1 if kind == "fp8" else 2)
     return tokens + (config.splits * m * n * 4 if config.splits > 1 else 0)
+
+
+def launcher(config: Config) -> Callable[..., None]:
+    """``matmul.launch`` or, for a configuration with ``overlap``, ``hopper.launch``."""
+    if not config.overlap:
+        return matmul.launch
+    from adallm.kernels import hopper
+
+    return hopper.launch
 
 
 def _linear(
@@ -70,16 +79,16 @@ def _linear(
     out = torch.empty(m, n, dtype=dtype, device=x.device)
     if not m:
         return out
-    # Rows of 16 bytes: what the kernels load at a time.
-    if x.stride(1) != 1 or x.stride(0) * x.element_size() % 16 or x.data_ptr() % 16:
+    # The kernels load 16 bytes at a time, and know of it from a multiple of 16.
+    if x.stride(1) != 1 or x.stride(0) % 16 or x.data_ptr() % 16:
         x = x.clone(memory_format=torch.contiguous_format)
     if fp8 and x_scale is None:
         x, x_scale = quantize_tokens(x)
     config = chosen(m, n, k, KINDS[x.dtype], dtype, bias is not None, choice.gpu(x.device.index))
     if config is not None:
-        launch(x, words, scales, row_scale, out, config, x_scale=x_scale, bias=bias, arrivals=arrivals)
+        launcher(config)(x, words, scales, row_scale, out, config, x_scale=x_scale, bias=bias, arrivals=arrivals)
         return out
-    library(x, words, scales, row_scale, shift, out, x_scale=x_scale, bias=bias, alphas=alphas, stops=stops)
+    library(x, words, scales, row_scale, shift, out, x_scale=x_scale, alphas=alphas, stops=stops)
     return out
 
 
@@ -109,11 +118,10 @@ def library(
     out: Tensor,
     *,
     x_scale: Tensor | None,
-    bias: Tensor | None,
     alphas: list[float],
     stops: list[int],
 ) -> None:
-    """``out = x @ w.T`` (+ bias) by a library's product of the expanded weight; with ``x_scale``, of E4M3, no bias.
+    """``out = x @ w.T`` by a library's product of the expanded weight; with ``x_scale``, of E4M3.
 
     Args:
         alphas, stops: the global scales of the rows, and where each ends: the library takes one at a time.
@@ -135,10 +143,8 @@ def library(
     start = 0
     for alpha, stop in zip(alphas, stops, strict=True):
         part = out[:, start:stop]
-        if bias is not None:
-            part.copy_(bias[start:stop])
         # alpha is applied to the FP32 sums: rounded once, as everywhere.
-        torch.addmm(part, x, weight[start:stop].t(), beta=0 if bias is None else 1, alpha=alpha, out=part)
+        torch.addmm(part, x, weight[start:stop].t(), beta=0, alpha=alpha, out=part)
         start = stop
 
 

@@ -18,14 +18,16 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
 
-from adallm.kernels import choice, expand, matmul, quantize
+from adallm.kernels import choice, expand, hopper, matmul, ops, quantize
 from adallm.kernels.layout import TILE_K, TILE_N
 
 # A launcher's module and the kernel that it launches.
 KERNEL: dict[Callable[..., Any], tuple[ModuleType, str]] = {
     matmul.launch: (matmul, "nvfp4_matmul"),
+    hopper.launch: (hopper, "nvfp4_matmul_hopper"),
     expand.expand: (expand, "nvfp4_expand"),
     quantize.quantize_tokens: (quantize, "fp8_tokens"),
 }
@@ -70,7 +72,8 @@ def build(fn: JITFunction, *args: Any, **kwargs: Any) -> Build:
         raise RuntimeError("the kernels were imported with TRITON_INTERPRET set, which leaves nothing to compile")
     given = dict(zip(fn.arg_names, args, strict=False)) | kwargs
     options = {name: given.pop(name) for name in [*given] if name not in fn.arg_names}
-    given["FAST"] = True
+    if "FAST" in fn.arg_names:
+        given["FAST"] = True
     signature, constants, aligned = {}, {}, []
     for parameter in fn.params:
         name, value = parameter.name, given[parameter.name]
@@ -95,10 +98,11 @@ def _type(value: Tensor | int | float) -> str:
 @functools.cache
 def compiled(b: Build, capability: int = 89) -> triton.compiler.CompiledKernel:
     """``b`` for sm_89, or another GPU; Triton keeps it on disk for the next time."""
-    source = ASTSource(
+    kind = GluonASTSource if b.fn.is_gluon() else ASTSource
+    source = kind(
         fn=b.fn,
         signature=dict(b.signature),
-        constexprs=dict(b.constants),
+        constexprs={(b.fn.arg_names.index(name),): value for name, value in b.constants},
         attrs={(b.fn.arg_names.index(name),): [["tt.divisibility", 16]] for name in b.aligned},
     )
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(b.options))
@@ -136,7 +140,8 @@ class Named:
 def products(family: str) -> list[Named]:
     """The build of every configuration in a family's table, with K a multiple of the step."""
     return [
-        _named(matmul.launch, kind, _matmul_arguments(kind, config)) for kind, config in choice.configurations(family)
+        _named(ops.launcher(config), kind, _matmul_arguments(kind, config))
+        for kind, config in choice.configurations(family)
     ]
 
 
