@@ -3,8 +3,8 @@
 
 A table is a list of rows; the first whose ``m`` is not below M applies. A row without a configuration is for a library:
 the weight is expanded into a scratch buffer in front of its matrix product. In rows for few tokens, which read memory
-most of the time, the first configuration that gives each multiprocessor two blocks is taken, K being split until it has
-three. In rows for more tokens each configuration has a time, and the product with the least of this is taken::
+most of the time, the first configuration that gives each multiprocessor one and a half blocks is taken, K being split
+until it has three. In rows for more tokens each configuration has times, and what takes the least is taken::
 
     waves * us * K / (4096 * splits) + what adding up the splits takes, waves = ceil(blocks * splits / multiprocessors)
 
@@ -31,7 +31,7 @@ _FILLED, _SPLIT_TO = 1.5, 3
 # Output tiles that may be split, each of which has a counter.
 MAX_SPLIT_TILES = 4096
 # Splits cost a fixed time in us, and their FP32 sums are written and read at this many bytes a us.
-_SPLIT_US, _SPLIT_BYTES = 2.0, 3.5e6
+_SPLIT_US, _SPLIT_BYTES = 3.0, 1.6e6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,37 +54,40 @@ ANY = 1 << 62
 # fmt: off
 _SM_90_16 = (
     #            n    m    k  slices splits warps stages overlap, and us of a block alone and of one in company
-    Row(8,    (Config(64,  8,   128, 1, 1, 4, 5, True), Config(16, 8, 128, 4, 1, 4, 4))),
+    Row(8,    (Config(64,  8,   256, 1, 1, 4, 3), Config(16, 8, 128, 4, 1, 4, 4))),
     Row(16,   (Config(64,  16,  128, 1, 4, 4, 5, True), Config(64, 16, 256, 1, 4, 4, 3))),
     Row(32,   (Config(64,  32,  128, 1, 4, 4, 5, True), Config(64, 32, 128, 1, 4, 4, 4))),
     Row(64,   (Config(64,  64,  64,  1, 2, 4, 5, True), Config(64, 64, 128, 1, 6, 4, 5, True),
-               Config(64,  64,  128, 1, 4, 4, 3)), ((16.0, 10.8), (14.0, 11.3), (20.0, 14.0))),
+               Config(64,  64,  128, 1, 4, 4, 3)), ((16.0, 10.6), (13.0, 11.4), (20.0, 14.0))),
     Row(128,  (Config(64,  128, 64,  1, 4, 4, 4, True), Config(64, 64, 128, 1, 4, 4, 5, True),
                Config(64,  128, 128, 1, 4, 4, 4, True), Config(64, 128, 64, 1, 4, 4, 4)),
-              ((23.0, 14.7), (13.5, 11.3), (18.5, 18.5), (26.0, 20.0))),
-    Row(256,  (Config(64,  128, 64,  1, 4, 4, 4, True), Config(64, 128, 128, 1, 4, 4, 4, True),
-               Config(128, 128, 64,  1, 4, 8, 4, True), Config(128, 256, 64, 1, 2, 8, 4, True),
+              ((22.9, 14.3), (13.2, 9.7), (17.0, 17.8), (26.0, 20.0))),
+    Row(256,  (Config(64,  128, 64,  1, 3, 4, 4, True), Config(64, 128, 128, 1, 3, 4, 4, True),
+               Config(128, 128, 64,  1, 3, 8, 4, True), Config(128, 256, 64, 1, 2, 8, 4, True),
                Config(64,  128, 64,  1, 4, 4, 4)),
-              ((23.0, 14.5), (18.9, 18.5), (27.9, 28.5), (44.0, 46.0), (26.0, 20.0))),
+              ((22.9, 14.1), (17.5, 17.0), (26.5, 28.5), (42.5, 45.5), (26.0, 20.0))),
+    Row(512,  (Config(128, 256, 64,  1, 2, 8, 4, True), Config(128, 128, 64, 1, 2, 8, 4, True),
+               Config(64,  128, 64,  1, 2, 4, 4, True), Config(128, 256, 64, 1, 2, 8, 3)),
+              ((43.5, 45.0), (27.5, 27.3), (30.0, 14.4), (55.0, 55.0))),
     Row(3072, (Config(128, 256, 64,  1, 2, 8, 4, True), Config(128, 128, 64, 1, 2, 8, 4, True),
                Config(64,  128, 64,  1, 2, 4, 4, True), Config(128, 256, 64, 1, 2, 8, 3)),
-              ((46.0, 45.5), (29.5, 28.2), (31.0, 14.9), (55.0, 55.0))),
+              ((43.5, 45.0), (27.5, 27.3), (30.0, 16.4), (55.0, 55.0))),
     Row(ANY,  ()),
 )
 _SM_90_8 = (
     Row(8,    (Config(64,  8,   256, 1, 4, 4, 4, True), Config(64, 8, 256, 1, 4, 4, 3))),
     Row(16,   (Config(64,  16,  256, 1, 4, 4, 4, True), Config(64, 16, 256, 1, 4, 4, 3))),
-    Row(32,   (Config(64,  32,  128, 1, 6, 4, 5, True), Config(64, 32, 256, 1, 6, 4, 3))),
+    Row(32,   (Config(64,  32,  128, 1, 4, 4, 5, True), Config(64, 32, 256, 1, 6, 4, 3))),
     Row(64,   (Config(64,  64,  128, 1, 6, 4, 5, True), Config(64, 64, 256, 1, 4, 4, 4, True),
-               Config(64,  64,  256, 1, 4, 4, 3)), ((14.0, 9.3), (12.1, 10.0), (20.0, 14.0))),
+               Config(64,  64,  256, 1, 4, 4, 3)), ((12.8, 8.9), (11.5, 9.9), (20.0, 14.0))),
     Row(128,  (Config(64,  128, 128, 1, 4, 4, 4, True), Config(64, 64, 256, 1, 4, 4, 4, True),
-               Config(64,  128, 128, 1, 4, 4, 4)), ((16.1, 13.3), (12.0, 10.5), (22.0, 17.5))),
+               Config(64,  128, 128, 1, 4, 4, 4)), ((14.7, 12.4), (11.5, 8.7), (22.0, 17.5))),
     Row(256,  (Config(128, 256, 128, 1, 2, 8, 3, True), Config(128, 128, 128, 1, 2, 8, 4, True),
-               Config(64,  128, 128, 1, 4, 4, 4, True), Config(64, 128, 128, 1, 4, 4, 4)),
-              ((34.0, 34.0), (24.5, 24.5), (16.2, 12.3), (22.0, 17.5))),
+               Config(64,  128, 128, 1, 3, 4, 4, True), Config(64, 128, 128, 1, 4, 4, 4)),
+              ((31.5, 34.5), (23.0, 23.5), (15.0, 11.4), (22.0, 17.5))),
     Row(2048, (Config(128, 256, 128, 1, 2, 8, 3, True), Config(128, 128, 128, 1, 2, 8, 4, True),
                Config(64,  128, 128, 1, 2, 4, 4, True), Config(128, 256, 128, 1, 2, 8, 4)),
-              ((34.0, 33.0), (24.8, 24.3), (16.2, 11.8), (42.5, 42.5))),
+              ((31.5, 33.2), (23.0, 22.3), (16.0, 11.0), (42.5, 42.5))),
     Row(ANY,  ()),
 )
 _SM_89_16 = (
@@ -192,7 +195,7 @@ def most_splits(config: Config, m: int, n: int, k: int) -> int:
 
 def _estimate(config: Config, us: tuple[float, float], m: int, n: int, k: int, sms: int) -> float:
     waves = -(-blocks(config, m, n) * config.splits // sms)
-    time = max(us[0], waves * us[1]) * k / (4096 * config.splits)
+    time = (us[0] if waves == 1 else waves * us[1]) * k / (4096 * config.splits)
     return time if config.splits == 1 else time + _SPLIT_US + config.splits * m * n * 8 / _SPLIT_BYTES
 
 
