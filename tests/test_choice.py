@@ -1,5 +1,6 @@
 """``kernels/choice.py``: which path runs a product."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -36,6 +37,15 @@ def test_a_row_of_times_takes_the_least():
     assert choice.pick(row, 8, 16 * 10, 4096, 10).n == 16
 
 
+def test_the_library_where_it_takes_less():
+    row = Row(8, (Config(16, 8, 64, 1, 1, 4, 3),), ((9.0, 9.0),), (0.0, 2000.0))
+    n = 16 * 10
+    assert choice.pick(row, 8, n, 4096, 10).n == 16  # 9 us against 21
+    row = dataclasses.replace(row, library=(0.0, 100.0))
+    assert choice.pick(row, 8, n, 4096, 10) is None
+    assert choice.pick(row, 8, n, 4096, 10, library=False).n == 16
+
+
 @pytest.mark.parametrize("kind", ["bf16", "fp8"])
 @pytest.mark.parametrize("m", [16, 64, 512])
 def test_an_overlapping_configuration_takes_its_k(kind, m):
@@ -59,7 +69,7 @@ def test_a_tuned_table_goes_first_and_is_kept_in_the_cache_directory(monkeypatch
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     choice.reload()
     config = Config(32, 8, 64, 2, 1, 2, 2)
-    path = choice.write_tuned("mine", {("bf16", 48, 80): (Row(4, (config,)), Row(8, (config,), ((1.0, 1.0),)))})
+    path = choice.write_tuned("mine", {("bf16", 48, 80): (Row(4, (config,)), Row(8, (config,)))})
     assert path == tmp_path / "adallm" / "tune" / "mine.json"
     mine = GPU("sm_89", 128, "mine")
     assert choice.choose(3, 48, 80, "bf16", mine) == config

@@ -213,7 +213,7 @@ def test_what_w4a8_rounds_and_by_how_much():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize(("m", "k"), [(1, 16), (3, 48), (5, 208), (2, 4096), (2, 4112)])
+@pytest.mark.parametrize(("m", "k"), [(1, 16), (3, 48), (5, 208), (2, 4096), (2, 4112), (2, 32784)])
 def test_tokens_are_those_of_the_reference(dtype, m, k):
     x = torch.randn(m, 2 * k, device=DEVICE).to(dtype)[:, :k]
     x[0] = 0
@@ -225,7 +225,7 @@ def test_tokens_are_those_of_the_reference(dtype, m, k):
     assert torch.equal(in_order, data.float().view(m, -1, 16)[..., ORDER.to(DEVICE)])
 
 
-@pytest.mark.parametrize(("m", "k"), [(3, 48), (2, 4112)])
+@pytest.mark.parametrize(("m", "k"), [(3, 48), (2, 4112), (2, 32784)])
 def test_tokens_fused_with_rms_norm_and_with_silu(m, k):
     x, weight = torch.randn(m, k, device=DEVICE).bfloat16(), torch.randn(k, device=DEVICE).bfloat16()
     y = x.double() * torch.rsqrt((x.double() ** 2).mean(-1, keepdim=True) + 1e-5) * weight.double()

@@ -86,7 +86,11 @@ class Measurer:
                 absent.append(self._absent(impl, m, error))
                 continue
             case = {"shape": shape, "n": n, "k": k, "m": m, "impl": impl}
-            rows.append(case | _figures(case, us, spread, self.repeats, prepared, given) | errors)
+            figures = _figures(case, us, spread, self.repeats, prepared, given)
+            if prepared.quantized is not None:
+                runs = [partial(call, *prepared.quantized(x)) for call in prepared.calls]
+                figures["us_fp8_input"] = round(self._graph_us(runs, repeats=self.repeats, at_least_us=REPLAY_US)[0], 3)
+            rows.append(case | figures | errors)
         return rows, absent
 
     def _load(self, shape: str, n: int, k: int) -> None:
@@ -176,11 +180,15 @@ def ours(weight: Weight, ms: Sequence[int], copies: Copies, *, activations: str)
         NVFP4Linear.from_tensors(t.packed.clone(), t.scale.clone(), t.global_scale.clone(), activations=activations)
         for _ in range(copies(t.nbytes))
     ]
+    quantized = None
+    if activations == "fp8" and t.packed.is_cuda:
+        from adallm.kernels.quantize import quantize_tokens as quantized
     return Prepared(
         layers,
         t.nbytes,
         NVFP4_BITS,
         activation_quant="included" if activations == "fp8" else None,
+        quantized=quantized,
         path=layers[0].path,
     )
 

@@ -49,6 +49,7 @@ class Prepared:
         nbytes, bits: of one copy of the weight, and for one of its elements.
         given: from x ``[M, K]`` in BF16 to what a call takes; not part of the time.
         activation_quant: ``"included"`` in the time or ``"not included"``; None where nothing is quantized.
+        quantized: from x to what a call takes of activations that are FP8 already; None where no call does.
         path: M -> what runs, in a few words, or None.
         rounds: what makes an error above the limit, for the note in its row.
     """
@@ -58,6 +59,7 @@ class Prepared:
     bits: float
     given: Callable[[Tensor], tuple[Tensor, ...]] = lambda x: (x,)
     activation_quant: str | None = None
+    quantized: Callable[[Tensor], tuple[Tensor, ...]] | None = None
     path: Callable[[int], str | None] = lambda m: None
     rounds: str = ""
 

@@ -42,11 +42,13 @@ class Row:
         configs: from the largest tile to the smallest, ``splits`` being the most that are tried.
         us: for each, what a block over 4096 columns takes on a multiprocessor of its own, and what each takes of one
             that several share; empty for few tokens.
+        library: where that is an option too, what it takes in us to expand 10^6 weights, and for 10^9 operations.
     """
 
     m: int
     configs: tuple[Config, ...]
     us: tuple[tuple[float, float], ...] = ()
+    library: tuple[float, float] | None = None
 
 
 ANY = 1 << 62
@@ -85,9 +87,12 @@ _SM_90_8 = (
     Row(256,  (Config(128, 256, 128, 1, 2, 8, 3, True), Config(128, 128, 128, 1, 2, 8, 4, True),
                Config(64,  128, 128, 1, 3, 4, 4, True), Config(64, 128, 128, 1, 4, 4, 4)),
               ((31.5, 34.5), (23.0, 23.5), (15.0, 11.4), (22.0, 17.5))),
-    Row(2048, (Config(128, 256, 128, 1, 2, 8, 3, True), Config(128, 128, 128, 1, 2, 8, 4, True),
+    Row(512,  (Config(128, 256, 128, 1, 2, 8, 3, True), Config(128, 128, 128, 1, 2, 8, 4, True),
                Config(64,  128, 128, 1, 2, 4, 4, True), Config(128, 256, 128, 1, 2, 8, 4)),
               ((31.5, 33.2), (23.0, 22.3), (16.0, 11.0), (42.5, 42.5))),
+    Row(2048, (Config(128, 256, 128, 1, 2, 8, 3, True), Config(128, 128, 128, 1, 2, 8, 4, True),
+               Config(64,  128, 128, 1, 2, 4, 4, True), Config(128, 256, 128, 1, 2, 8, 4)),
+              ((31.5, 33.2), (23.0, 22.3), (16.0, 11.0), (42.5, 42.5)), (0.60, 0.82)),
     Row(ANY,  ()),
 )
 _SM_89_16 = (
@@ -165,8 +170,10 @@ def choose(m: int, n: int, k: int, kind: str, gpu: GPU) -> Config | None:
     raise AssertionError(f"the table of {gpu.family} ends before M = {m}")
 
 
-def pick(row: Row, m: int, n: int, k: int, sms: int) -> Config | None:
-    """A row's configuration, with its splits, for a GPU of ``sms`` multiprocessors; None of none."""
+def pick(row: Row, m: int, n: int, k: int, sms: int, *, library: bool = True) -> Config | None:
+    """A row's configuration, with its splits, for a GPU of ``sms`` multiprocessors; None of none, and for the library
+    where that is allowed.
+    """
     if row.us:
         options = [
             (dataclasses.replace(config, splits=splits), us)
@@ -174,7 +181,10 @@ def pick(row: Row, m: int, n: int, k: int, sms: int) -> Config | None:
             if dataclasses.replace(config, splits=1).takes(k)
             for splits in range(1, most_splits(config, m, n, k) + 1)
         ]
-        return min(options, key=lambda option: _estimate(*option, m, n, k, sms))[0]
+        config, us = min(((c, _estimate(c, us, m, n, k, sms)) for c, us in options), key=lambda option: option[1])
+        if library and row.library and row.library[0] * n * k / 1e6 + row.library[1] * 2 * m * n * k / 1e9 < us:
+            return None
+        return config
     chosen = None
     for config in row.configs:
         if not dataclasses.replace(config, splits=1).takes(k):
@@ -230,9 +240,7 @@ def tuned(slug: str) -> dict[tuple[str, int, int], tuple[Row, ...]]:
     try:
         entries = json.loads(path.read_text())["entries"]
         return {
-            (e["kind"], e["n"], e["k"]): tuple(
-                Row(r["m"], tuple(Config(**c) for c in r["configs"]), tuple(map(tuple, r["us"]))) for r in e["rows"]
-            )
+            (e["kind"], e["n"], e["k"]): tuple(Row(r["m"], tuple(Config(**c) for c in r["configs"])) for r in e["rows"])
             for e in entries
         }
     except (ValueError, KeyError, TypeError) as error:
@@ -244,7 +252,12 @@ def write_tuned(slug: str, table: dict[tuple[str, int, int], tuple[Row, ...]]) -
     path = cache_file(slug)
     path.parent.mkdir(parents=True, exist_ok=True)
     entries = [
-        {"kind": kind, "n": n, "k": k, "rows": [dataclasses.asdict(row) for row in found]}
+        {
+            "kind": kind,
+            "n": n,
+            "k": k,
+            "rows": [{"m": row.m, "configs": list(map(dataclasses.asdict, row.configs))} for row in found],
+        }
         for (kind, n, k), found in table.items()
     ]
     partial = path.with_suffix(".partial")

@@ -38,7 +38,7 @@ def chosen(m: int, n: int, k: int, kind: str, dtype: torch.dtype, bias: bool, gp
     config = choice.choose(m, n, k, kind, gpu)
     if config is None and (bias or (kind == "fp8" and dtype != torch.bfloat16)):
         row = [row for row in choice.rows(kind, gpu) if row.configs][-1]
-        config = choice.pick(row, m, n, k, gpu.sms)
+        config = choice.pick(row, m, n, k, gpu.sms, library=False)
     return config
 
 

@@ -15,7 +15,7 @@ from adallm.fp8 import INPUT_DTYPES
 from adallm.kernels.dequant import fp8_order, to_e4m3
 
 # Longest row that a block keeps in registers; of a longer one it reads pieces, again for each pass, from the cache.
-_ONE_PIECE = 4096
+_ONE_PIECE = 32768
 _PIECE = 4096
 
 
@@ -127,6 +127,6 @@ def quantize_tokens(
         INPUT="silu_and_mul" if gated else "none" if weight is None else "rms_norm",
         ORDERED=ordered,
         FAST=x.device.type != "cpu",
-        num_warps=16 if k > block else min(max(block // 512, 1), 16),
+        num_warps=16 if k > block else min(max(block // 512, 1), 32 if block > 16384 else 16),
     )
     return data, scale
