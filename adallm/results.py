@@ -130,15 +130,14 @@ def provenance(*, seed: int | None = None, gpu: bool = True) -> dict[str, Any]:
         seed: the seed of the random inputs, if there are any.
         gpu: False when the measurement ran on the CPU although a GPU is present.
 
-    ``commit`` and ``dirty`` (changes outside ``results/``) come from git; a copy of the tree without git may pass
-    them in the environment as ``ADALLM_COMMIT``, with ``-dirty`` behind it where that applies.
+    ``commit`` and ``dirty`` (changes outside ``results/``) come from git; a copy of the tree, whose git is none or
+    another, may pass them in the environment as ``ADALLM_COMMIT``, with ``-dirty`` behind it where that applies.
     """
-    commit, dirty = _run("git", "rev-parse", "HEAD"), None
-    if commit is None:
-        commit = os.environ.get("ADALLM_COMMIT")
-        dirty = commit.endswith("-dirty") if commit else None
-        commit = commit.removesuffix("-dirty") if commit else None
-    else:
+    commit, dirty = os.environ.get("ADALLM_COMMIT") or None, None
+    if commit is not None:
+        dirty = commit.endswith("-dirty")
+        commit = commit.removesuffix("-dirty")
+    elif commit := _run("git", "rev-parse", "HEAD"):
         top = _run("git", "rev-parse", "--show-toplevel") or "."
         dirty = bool(_run("git", "-C", top, "status", "--porcelain", "--", ".", ":!results"))
     device = driver = cuda = None

@@ -13,7 +13,7 @@ from torch import Tensor
 from adallm import nvfp4
 from adallm.bench._linear_summary import OURS
 from adallm.bench._peers import NVFP4_BITS, PEERS, Copies, Prepared, Weight
-from adallm.bench._timing import copies, graph_us
+from adallm.bench._timing import WARM_UP, copies, median_and_spread, replays
 from adallm.linear import NVFP4Linear
 
 SEED = 0
@@ -35,7 +35,7 @@ class Measurer:
     Args:
         ms: every M that will be asked for.
         repeats: timed replays for each row.
-        device, copies, graph_us: other than the GPU and its timing in tests.
+        device, copies, replays: other than the GPU and its timing in tests.
     """
 
     def __init__(
@@ -45,10 +45,10 @@ class Measurer:
         repeats: int,
         device: str = "cuda",
         copies: Copies = copies,
-        graph_us: Callable[..., tuple[float, float]] = graph_us,
+        replays: Callable[..., Callable[[], float]] = replays,
     ) -> None:
         self.ms, self.repeats, self.device = list(ms), repeats, device
-        self._copies, self._graph_us = copies, graph_us
+        self._copies, self._replays = copies, replays
         self._shape: str | None = None
 
     def bandwidth(self) -> list[dict[str, Any]]:
@@ -77,19 +77,28 @@ class Measurer:
                 ready[impl] = (prepared, given, self._errors(impl, prepared, given, x))
             except Exception as error:
                 absent.append(self._absent(impl, m, error))
-        rows = []
-        for impl, (prepared, given, errors) in ready.items():
-            runs = [partial(call, *given) for call in prepared.calls]
+        timed: dict[str, list[Callable[[], float]]] = {}
+        for impl, (prepared, given, _) in ready.items():
+            inputs = [given] if prepared.quantized is None else [given, prepared.quantized(x)]
             try:
-                us, spread = self._graph_us(runs, repeats=self.repeats, at_least_us=REPLAY_US)
+                timed[impl] = [
+                    self._replays([partial(call, *x_) for call in prepared.calls], at_least_us=REPLAY_US)
+                    for x_ in inputs
+                ]
             except Exception as error:
                 absent.append(self._absent(impl, m, error))
-                continue
+        # In turn: the clock of a GPU that has become hot is the same for all.
+        rounds = [
+            {impl: [one() for one in of_impl] for impl, of_impl in timed.items()} for _ in range(self.repeats + WARM_UP)
+        ]
+        rows = []
+        for impl in timed:
+            prepared, given, errors = ready[impl]
+            times = [median_and_spread(of_input) for of_input in zip(*(r[impl] for r in rounds), strict=True)]
             case = {"shape": shape, "n": n, "k": k, "m": m, "impl": impl}
-            figures = _figures(case, us, spread, self.repeats, prepared, given)
-            if prepared.quantized is not None:
-                runs = [partial(call, *prepared.quantized(x)) for call in prepared.calls]
-                figures["us_fp8_input"] = round(self._graph_us(runs, repeats=self.repeats, at_least_us=REPLAY_US)[0], 3)
+            figures = _figures(case, *times[0], self.repeats, prepared, given)
+            if len(times) > 1:
+                figures["us_fp8_input"] = round(times[1][0], 3)
             rows.append(case | figures | errors)
         return rows, absent
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+WARM_UP = 2  # replays that do not count
 L2_TIMES = 3  # copies of what is read cover the L2 cache this often
 
 
@@ -20,7 +21,19 @@ def copies(nbytes: int) -> int:
 def graph_us(
     runs: Sequence[Callable[[], object]], *, repeats: int = 15, at_least_us: float = 500.0
 ) -> tuple[float, float]:
-    """Median and interquartile range in us of one call, over ``repeats`` replays of a graph that holds many.
+    """Median and interquartile range in us of one call, over ``repeats`` of ``replays``."""
+    one = replays(runs, at_least_us=at_least_us)
+    return median_and_spread([one() for _ in range(repeats + WARM_UP)])
+
+
+def median_and_spread(times: Sequence[float]) -> tuple[float, float]:
+    """Median and interquartile range, the first ``WARM_UP`` left out."""
+    low, median, high = statistics.quantiles(times[WARM_UP:], n=4, method="inclusive")
+    return median, high - low
+
+
+def replays(runs: Sequence[Callable[[], object]], *, at_least_us: float) -> Callable[[], float]:
+    """What replays a graph of many calls once, and returns the time of one call in us.
 
     Args:
         runs: the same work on different inputs, called in turn.
@@ -36,9 +49,7 @@ def graph_us(
     estimate = statistics.median(_replay_us(first) for _ in range(3)) / len(runs[:8])
     calls = max(-(-int(at_least_us / max(estimate, 1.0)) // len(runs)), 1) * len(runs)
     graph = _graph(list(itertools.islice(itertools.cycle(runs), calls)))
-    times = [_replay_us(graph) / calls for _ in range(repeats + 2)][2:]
-    low, median, high = statistics.quantiles(times, n=4, method="inclusive")
-    return median, high - low
+    return lambda: _replay_us(graph) / calls
 
 
 def _graph(runs: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:

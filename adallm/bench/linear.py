@@ -1,9 +1,9 @@
 """NVFP4 linear layers on one GPU: ours, vLLM's Marlin, Humming, cuBLAS BF16 and FP8, in one run.
 
-Times are medians of CUDA-graph replays over enough copies of the weight that the L2 cache serves none again, with all
-implementations of a shape and M one after the other. Each is compared with FP32 on the dequantized weight first: the
-run stops if ours is beyond its limit, and a peer above 1e-2 has a note in its row. W4A8 is timed with the quantization
-of its activations, ``scaled-mm-fp8`` with activations that are quantized already: ``activation_quant`` in each row.
+Times are medians of CUDA-graph replays over enough copies of the weight that the L2 cache serves none again, the
+implementations of a shape and M taking turns, replay by replay. Each is compared with FP32 on the dequantized weight
+first: the run stops if ours is beyond its limit, and a peer above 1e-2 has a note in its row. W4A8 is timed with the
+quantization of its activations, ``scaled-mm-fp8`` with activations that are quantized already: ``activation_quant``.
 ``us_fp8_input`` is W4A8 alone, as behind an operation that quantizes, such as a fused RMSNorm.
 
 ``gb_s`` counts the weight in its format, the activations as given and the output; ``summary`` computes the ratios.
