@@ -418,7 +418,8 @@ def test_summary_cases():
     assert cases["A.o", 1024, "adallm-w4a8"]["vs_w4"] == 2.4
     assert cases["A.o", 1024, "adallm-w4a8"]["vs_bf16"] is None
     assert (cases["A.o", 8192, "adallm-w4a8"]["w4_peer"], cases["A.o", 8192, "adallm-w4a8"]["vs_w4"]) == (None, None)
-    assert len(cases) == 6
+    assert cases["A.o", 1024, "adallm, the better"]["us"] == 50.0
+    assert len(cases) == 7
 
 
 def test_summary_groups():
@@ -448,5 +449,5 @@ def test_summary_read_share():
 def test_report():
     text = linear.report(ROWS)
     assert "A.gate_up     1          20.0            -         76.0" in text
-    assert "M <= 16    adallm-w4a16  best W4 peer      2     1.20     0.90  A.o M=16" in text
+    assert "best W4 peer      2     1.20     0.90  A.o M=16" in text
     assert "A.gate_up  adallm-w4a16              90.0%" in text

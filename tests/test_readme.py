@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from adallm import evaluate, results
+from adallm.bench import _linear_summary, linear, sm89
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
 RESULTS = Path(__file__).resolve().parent.parent / "results"
@@ -22,6 +23,27 @@ def test_the_table_is_that_of_the_record():
     record = results.read(RESULTS / "eval" / "cpu.json")
     assert shown == (RESULTS / "eval" / "cpu.md").read_text().strip()
     assert shown == evaluate.table(record["rows"], markdown=True)
+
+
+def test_the_tables_of_linear_layers_are_those_of_the_record():
+    rows = results.read(RESULTS / "linear" / "h100-80gb-hbm3.json")["rows"]
+    groups = linear.summary(rows)["groups"]
+    for name, table in (
+        ("times", _linear_summary.times_table(rows, "Qwen3-8B.gate_up", markdown=True)),
+        ("groups", _linear_summary.groups_table(groups, markdown=True)),
+    ):
+        assert (
+            README.partition(f"<!-- linear {name} -->\n")[2].partition(f"<!-- end linear {name} -->")[0].strip()
+            == table
+        )
+
+
+def test_what_is_said_of_the_projection_is_in_the_record():
+    record = results.read(RESULTS / "sm89" / "h100-80gb-hbm3.json")
+    known = sm89.model_errors(record["rows"])
+    assert f"those {len(known)} times: there its error is" in README
+    assert sm89.summary(known, "it").endswith("its error is 3% in the median and 22% at most.")
+    assert "3% in the median and 22% at most" in README
 
 
 def test_every_path_exists():

@@ -13,6 +13,7 @@ from typing import Any
 from adallm.text import table
 
 OURS = ("adallm-w4a16", "adallm-w4a8")
+BETTER = "adallm, the better"  # of the two, in each case
 BF16, FP8 = "cublas-bf16", "scaled-mm-fp8"
 W4_PEERS = ("marlin", "humming")
 IMPLS = (*OURS, BF16, FP8, *W4_PEERS)
@@ -26,8 +27,8 @@ def summary(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]
     """What a record says, from its rows alone; three lists of flat mappings.
 
     Returns:
-        ``cases``: ``shape``, ``m``, ``impl`` (one of ours), ``us``, ``w4_peer``, ``vs_w4``, ``vs_bf16``; None where the
-        peer has no row.
+        ``cases``: ``shape``, ``m``, ``impl`` (one of ours, or ``BETTER`` of both), ``us``, ``w4_peer``, ``vs_w4``,
+        ``vs_bf16``; None where the peer has no row.
         ``groups``: ``group``, ``impl``, ``against``, ``cases``, ``geomean``, ``minimum``, ``minimum_at``; a group
         without a ratio is left out.
         ``read_share``: ``shape``, ``impl``, ``share``: bytes a second of a gate_up layer at M = 1 over those of reading
@@ -35,7 +36,13 @@ def summary(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]
     """
     rows = list(rows)
     times = _times(rows)
-    cases = [_case(shape, m, impl, us) for (shape, m), us in times.items() for impl in OURS if impl in us]
+    cases = []
+    for (shape, m), us in times.items():
+        ours = [impl for impl in OURS if impl in us]
+        if len(ours) == len(OURS):
+            us = us | {BETTER: min(us[impl] for impl in ours)}
+            ours.append(BETTER)
+        cases += [_case(shape, m, impl, us) for impl in ours]
     return {"cases": cases, "groups": _groups(cases), "read_share": _read_share(rows)}
 
 
@@ -53,16 +60,30 @@ def report(rows: Iterable[Mapping[str, Any]]) -> str:
         lines.append(line)
     short = [f"{impl.removeprefix('adallm-')} {against}" for impl in OURS for against in AGAINST]
     parts = [table(["shape", "M", *IMPLS, *short], lines, align="lr" + "r" * (len(IMPLS) + len(short)))]
-    groups = []
-    for g in found["groups"]:
-        against = AGAINST[g["against"]]
-        numbers = [str(g["cases"]), _ratio(g["geomean"]), _ratio(g["minimum"])]
-        groups.append([g["group"], g["impl"], against, *numbers, g["minimum_at"]])
-    header = ["group", "impl", "against", "cases", "geomean", "minimum", "at"]
-    parts.append(table(header, groups, align="lllrrrl"))
+    parts.append(groups_table(found["groups"]))
     shares = [[s["shape"], s["impl"], f"{s['share']:.1%}"] for s in found["read_share"]]
     parts.append(table(["M = 1", "impl", "of read bandwidth"], shares, align="llr"))
     return "\n\n".join(parts)
+
+
+def groups_table(groups: Iterable[Mapping[str, Any]], *, markdown: bool = False) -> str:
+    """The ``groups`` of ``summary``: how often the time of a peer ours is, by geometric mean and at the least."""
+    lines = []
+    for g in groups:
+        numbers = [str(g["cases"]), _ratio(g["geomean"]), _ratio(g["minimum"])]
+        lines.append([g["group"], g["impl"], AGAINST[g["against"]], *numbers, g["minimum_at"]])
+    header = ["group", "impl", "against", "cases", "geomean", "minimum", "at"]
+    return table(header, lines, align="lllrrrl", markdown=markdown)
+
+
+def times_table(rows: Iterable[Mapping[str, Any]], shape: str, *, markdown: bool = False) -> str:
+    """The times in us of one shape, a line for each M."""
+    lines = [
+        [str(m), *(f"{us[impl]:.1f}" if impl in us else "-" for impl in IMPLS)]
+        for (name, m), us in _times(rows).items()
+        if name == shape
+    ]
+    return table(["M", *IMPLS], lines, align="r" * (1 + len(IMPLS)), markdown=markdown)
 
 
 def _ratio(value: float | None) -> str:
@@ -94,7 +115,7 @@ def _case(shape: str, m: int, impl: str, us: Mapping[str, float]) -> dict[str, A
 def _groups(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for group, (low, high) in GROUPS.items():
-        for impl in OURS:
+        for impl in (*OURS, BETTER):
             for against in AGAINST:
                 chosen = [
                     case
