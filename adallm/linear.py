@@ -166,7 +166,8 @@ class NVFP4Linear(ReferenceLinear):
 
         Args:
             x: bfloat16 or float16; on a CPU float32 too. On a GPU also float8_e4m3fn, with ``x_scale``, from
-                ``kernels.quantize.quantize_tokens``: activations that another operation has quantized.
+                ``kernels.quantize.quantize_tokens``, K padded to a multiple of 64: activations that another operation
+                has quantized.
             x_scale: float32 ``[...]``.
             dtype: of the output, for float8_e4m3fn; bfloat16 by default. Otherwise it is that of ``x``.
 
@@ -182,7 +183,7 @@ class NVFP4Linear(ReferenceLinear):
         dtype = self._check(x, x_scale, dtype)
         shape = x.shape
         x = x.reshape(-1, shape[-1])
-        if self.columns is not None:
+        if self.columns is not None and x_scale is None:
             x = nn.functional.pad(x, (0, -shape[-1] % 16))
         out = torch.ops.adallm.nvfp4_linear(
             x,
@@ -203,8 +204,9 @@ class NVFP4Linear(ReferenceLinear):
 
     def _check(self, x: Tensor, x_scale: Tensor | None, dtype: torch.dtype | None) -> torch.dtype:
         """The output's dtype."""
-        wanted = f"[..., {self.in_features}] on {self.words.device}"
-        if x.dim() < 1 or x.shape[-1] != self.in_features or x.device != self.words.device:
+        columns = self._kernel_columns if x.dtype == torch.float8_e4m3fn else self.in_features
+        wanted = f"[..., {columns}] on {self.words.device}"
+        if x.dim() < 1 or x.shape[-1] != columns or x.device != self.words.device:
             raise ValueError(f"x is {x.dtype} {list(x.shape)} on {x.device}; it must be {wanted}")
         if x.dtype != torch.float8_e4m3fn:
             if x.dtype not in (torch.bfloat16, torch.float16):
@@ -231,14 +233,15 @@ class NVFP4Linear(ReferenceLinear):
 
     @property
     def _kernel_columns(self) -> int:
-        return self.in_features + -self.in_features % 16
+        """Of the tokens that are multiplied."""
+        return self.in_features + -self.in_features % (64 if self.activations == "fp8" else 16)
 
     def _kernel_form(self) -> Any:
         from adallm.kernels import layout
 
-        return layout.Packed(
-            self.words, self.scales, self.row_scale, self.shift, self.lost, self.out_features, self._kernel_columns
-        )
+        tensors = (self.words, self.scales, self.row_scale, self.shift, self.lost)
+        columns = self.in_features + -self.in_features % 16
+        return layout.Packed(*tensors, self.out_features, columns, fp8=self.activations == "fp8")
 
     def _convert(self) -> None:
         """Into the form of the device that the buffers are on."""
@@ -248,7 +251,8 @@ class NVFP4Linear(ReferenceLinear):
             from adallm.kernels import choice, layout, ops  # noqa: F401 - ops registers the operators
 
             choice.rows("fp8" if self.activations == "fp8" else "bf16", choice.gpu(self.packed.device.index))
-            packed = layout.from_checkpoint(NVFP4Tensor(self.packed, self.scale, self.global_scale))
+            weight = NVFP4Tensor(self.packed, self.scale, self.global_scale)
+            packed = layout.from_checkpoint(weight, fp8=self.activations == "fp8")
             self.packed = self.scale = None
             for name in ("words", "scales", "row_scale", "shift", "lost"):
                 setattr(self, name, getattr(packed, name))

@@ -304,7 +304,7 @@ from adallm.kernels.layout import FP8_COLUMNS
 torch.manual_seed(0)
 t = nvfp4.quantize(torch.randn(32, 128))
 x = torch.randn(3, 128).bfloat16()
-columns = torch.arange(128).view(-1, 16)[:, list(FP8_COLUMNS)].flatten()
+columns = torch.arange(128).view(-1, 64)[:, list(FP8_COLUMNS)].flatten()
 assert torch.equal(_linear_case.fp8_tokens(x), fp8.qdq(x.float())[:, columns])
 w, dense = _linear_case.fp8_weight(t), nvfp4.dequantize(t)[:, columns]
 assert 0 < (w - dense).abs().max() and ((w - dense).abs() <= dense.abs() / 16).all()

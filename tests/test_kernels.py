@@ -29,8 +29,8 @@ CONFIGS = [
 SHAPES = [(1, 16, 16), (3, 48, 80), (17, 80, 208), (33, 144, 528)]
 
 
-def packed(n, k, *, integers=False):
-    """A weight; with ``integers`` its values, and so all sums below 2^24, are exact in any order."""
+def packed(n, k, *, integers=False, fp8=False):
+    """A weight, for FP8 or 16-bit products; with ``integers`` its values, and so all sums below 2^24, are exact."""
     if integers:
         codes = torch.randint(0, 16, (n, k), dtype=torch.uint8)
         scale = torch.full((n, k // 16), 2.0).to(torch.float8_e4m3fn)
@@ -38,7 +38,7 @@ def packed(n, k, *, integers=False):
     else:
         t = nvfp4.quantize(torch.randn(n, k) * torch.exp2(torch.randint(-4, 5, (n, 1)).float()))
     t = t.to(DEVICE)
-    return t, layout.from_checkpoint(t)
+    return t, layout.from_checkpoint(t, fp8=fp8)
 
 
 def run(x, p, config, *, x_scale=None, bias=None, dtype=None):
@@ -57,9 +57,9 @@ def error(out, expected):
 def fp8_weight(p):
     """The E4M3 weight of W4A8, its columns in their own order, FP64."""
     values = fp8_values(p)
-    plain = torch.empty_like(values).view(p.n, -1, 16)
-    plain[..., ORDER.to(DEVICE)] = values.view(p.n, -1, 16)
-    return plain.view(p.n, p.k).double()
+    plain = torch.empty_like(values).view(p.n, -1, 64)
+    plain[..., ORDER.to(DEVICE)] = values.view(p.n, -1, 64)
+    return plain.view(p.n, -1)[:, : p.k].double()
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
@@ -86,7 +86,7 @@ def test_w4a16_is_rounded_once(config, dtype):
 @pytest.mark.parametrize("config", [c for c in CONFIGS if c.slices == 1], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_w4a8_against_the_same_operands(config, dtype):
-    t, p = packed(80, 208)
+    t, p = packed(80, 208, fp8=True)
     x = torch.randn(17, 208, device=DEVICE).to(dtype)
     data, scale = quantize_tokens(x)
     out = run(data, p, config, x_scale=scale, dtype=dtype)
@@ -105,7 +105,7 @@ def test_w4a8_against_the_same_operands(config, dtype):
 )
 def test_w4a8_of_long_sums(k, config):
     """Sums stay in the FP8 tensor core for ``PROMOTE_COLUMNS`` only."""
-    _, p = packed(256, k)
+    _, p = packed(256, k, fp8=True)
     x = torch.randn(256, k, device=DEVICE, dtype=torch.bfloat16)
     data, scale = quantize_tokens(x)
     values = fp8.dequantize(fp8.quantize(x, granularity="token")).double()
@@ -127,7 +127,7 @@ OVERLAPPING = [
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 16, 512), (3, 80, 768), (300, 336, 1280), (129, 512, 4096)])
 @pytest.mark.parametrize("kind", ["bf16", "fp16", "fp8"])
 def test_overlapping_products(config, m, n, k, kind):
-    t, p = packed(n, k)
+    t, p = packed(n, k, fp8=kind == "fp8")
     x = torch.randn(m, k, device=DEVICE).to(torch.float16 if kind == "fp16" else torch.bfloat16)
     scale, expected = None, x.double() @ nvfp4.dequantize(t).double().T
     data = x
@@ -176,13 +176,13 @@ def test_expansion_is_exact(n, k, dtype):
     assert torch.equal(expand(p.words, p.scales, p.shift, n, k, dtype).float(), nvfp4.dequantize(unscaled))
 
 
-def every_product():
+def every_product(fp8=False):
     """All codes times all scales: 16 rows, 126 blocks; the largest scale leaves the others unshifted."""
     scale = torch.arange(126, 0, -1, dtype=torch.uint8).repeat(16, 1)
     bytes_ = torch.tensor([i | (i ^ 9) << 4 for i in range(16)], dtype=torch.uint8)
     packed_ = torch.stack([bytes_.roll(r)[:8].repeat(126) for r in range(16)])
     t = nvfp4.NVFP4Tensor(packed_, scale.contiguous().view(torch.float8_e4m3fn), torch.tensor(1.0)).to(DEVICE)
-    return t, layout.from_checkpoint(t)
+    return t, layout.from_checkpoint(t, fp8=fp8)
 
 
 def test_expansion_of_every_product_of_a_code_and_a_scale():
@@ -190,14 +190,16 @@ def test_expansion_of_every_product_of_a_code_and_a_scale():
     exact = nvfp4.dequantize(t)
     assert torch.equal(expand(p.words, p.scales, p.shift, p.n, p.k, torch.bfloat16).float(), exact)
     assert torch.equal(expand(p.words, p.scales, p.shift, p.n, p.k, torch.float16).float(), exact)
-    eight = expand(p.words, p.scales, p.shift, p.n, p.k, torch.float8_e4m3fn).float()
-    expected = fp8.to_e4m3(exact / 2**7).float().view(p.n, -1, 16)[..., ORDER.to(DEVICE)].reshape(p.n, p.k)
-    assert torch.equal(eight, expected)
+    _, p = every_product(fp8=True)
+    k = layout.padded(p.n, p.k)[1]
+    eight = expand(p.words, p.scales, p.shift, p.n, k, torch.float8_e4m3fn).float()
+    expected = torch.nn.functional.pad(fp8.to_e4m3(exact / 2**7).float(), (0, k - p.k))
+    assert torch.equal(eight, expected.view(p.n, -1, 64)[..., ORDER.to(DEVICE)].reshape(p.n, k))
 
 
 def test_what_w4a8_rounds_and_by_how_much():
     """Exact for mantissas 1, 1.25 and 1.5; magnitudes 1.5, 3 and 6 of the others round, by 4.8% at most."""
-    t, p = every_product()
+    t, p = every_product(fp8=True)
     exact, rounded = nvfp4.dequantize(t).double(), fp8_weight(p)
     normal = exact.abs() >= 2.0**7 * 2.0**-6
     relative = ((rounded - exact).abs() / exact.abs()).nan_to_num()
@@ -221,8 +223,9 @@ def test_tokens_are_those_of_the_reference(dtype, m, k):
     expected = fp8.quantize(x, granularity="token")
     assert torch.equal(scale, expected.scale.flatten())
     assert torch.equal(data.float(), expected.data.float())
-    in_order = quantize_tokens(x)[0].float().view(m, -1, 16)
-    assert torch.equal(in_order, data.float().view(m, -1, 16)[..., ORDER.to(DEVICE)])
+    in_order = quantize_tokens(x)[0].float().view(m, -1, 64)
+    plain = torch.nn.functional.pad(data.float(), (0, -k % 64)).view(m, -1, 64)
+    assert torch.equal(in_order, plain[..., ORDER.to(DEVICE)])
 
 
 @pytest.mark.parametrize(("m", "k"), [(3, 48), (2, 4112), (2, 32784)])

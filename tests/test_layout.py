@@ -23,22 +23,24 @@ def assert_same(a, b):
 
 @pytest.mark.parametrize(("n", "k"), [(16, 16), (48, 80), (64, 128), (32, 4112), (512, 1024)])
 @pytest.mark.parametrize("spread", [0, 6])
-def test_there_and_back(n, k, spread, monkeypatch):
+@pytest.mark.parametrize("fp8", [False, True])
+def test_there_and_back(n, k, spread, fp8, monkeypatch):
     monkeypatch.setattr(layout, "_PIECE", 1 << 14)  # several pieces
     t = weight(n, k, spread=spread)
-    p = layout.from_checkpoint(t)
+    p = layout.from_checkpoint(t, fp8=fp8)
     packed, scale = layout.to_checkpoint(p)
     assert_same(packed, t.packed)
     assert_same(scale, t.scale)
     assert torch.equal(torch.ldexp(p.row_scale, p.shift.int()), t.global_scale.expand(n))
 
 
-def test_every_code_and_every_scale():
+@pytest.mark.parametrize("fp8", [False, True])
+def test_every_code_and_every_scale(fp8):
     scales = torch.arange(127, dtype=torch.uint8)
     scale = torch.cat([scales, scales.flip(0)]).repeat(16, 1)[:, :252].contiguous()
     packed = torch.arange(256, dtype=torch.uint8).repeat(16, 252 * 8 // 256 + 1)[:, : 252 * 8].contiguous()
     t = nvfp4.NVFP4Tensor(packed, scale.view(torch.float8_e4m3fn), torch.tensor(0.5))
-    p = layout.from_checkpoint(t)
+    p = layout.from_checkpoint(t, fp8=fp8)
     back = layout.to_checkpoint(p)
     assert_same(back[0], packed)
     assert_same(back[1], t.scale)
@@ -76,10 +78,26 @@ def test_a_word_is_the_fragment_of_its_lane():
         assert int((words != 0).sum()) == 1
 
 
+def test_a_word_for_fp8_products_is_a_quarter_of_two_blocks():
+    """Each code, alone in a tile, appears where the docstring says."""
+    for row, column in [(0, 0), (5, 3), (8, 12), (13, 26), (2, 37), (15, 63)]:
+        codes = torch.zeros(16, 64, dtype=torch.uint8)
+        codes[row, column] = 0b1101
+        words = layout._words_8(codes)[0, 0]
+        rh, g = divmod(row, 8)
+        t, rest = divmod(column, 16)
+        i, j = divmod(rest, 4)
+        value = 1 << 8 * j + (3 if rh else 7) | 0b101 << 4 * (4 * rh + j)
+        assert int(words[4 * g + t, i]) & 0xFFFFFFFF == value
+        assert int((words != 0).sum()) == 1
+        assert layout.FP8_COLUMNS[16 * i + 4 * t + j] == column
+
+
 def test_positions_in_a_half_do_not_overlap():
     bits = [1 << s for s in layout.SIGN_BIT] + [7 << m for m in layout.MAGNITUDE_BIT]
     assert sum(bits) == 0xFFFF
-    assert sorted(layout.FP8_COLUMNS) == list(range(16))
+    assert sorted(layout.FP8_COLUMNS) == list(range(64))
+    assert sorted(layout.SIGN_BIT_8) == list(range(3, 32, 4))
 
 
 def test_row_scales_bring_the_largest_block_scale_to_the_top():

@@ -207,7 +207,7 @@ def fp8_weight(t: nvfp4.NVFP4Tensor) -> Tensor:
     from adallm.kernels import layout
     from adallm.kernels.expand import fp8_values
 
-    return fp8_values(layout.from_checkpoint(t))
+    return fp8_values(layout.from_checkpoint(t, fp8=True))
 
 
 def fp8_tokens(x: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """From stored words and scales to the operand A of a tensor-core product, in registers.
 
-All shapes here are ``[S, R, C, g 8, t 4, kk 4, .., .., ..]``: S slices of K, R tiles of 16 rows, C tiles of 64 columns,
-and the last three the eight codes of a word (``layout.py``). A word is broadcast over them, and the assembly turns its
-eight copies, which share one register, into the eight values. Their order is that of the registers of a fragment, which
-spares every exchange between threads: ``(kh, rh, kl)`` for 16 bits and ``(rh, kh, kl)`` for 8.
+All shapes here are ``[S, R, C, g 8, t 4, word 4, .., .., ..]``: S slices of K, R tiles of 16 rows, C tiles of 64
+columns, and the last three the eight codes of a word (``layout.py``). A word is broadcast over them, and the assembly
+turns its eight copies, which share one register, into the eight values. Their order is that of the registers of a
+fragment, which spares every exchange between threads: ``(kh, rh, kl)`` for 16 bits and ``(rh, j // 2, j % 2)`` for 8.
 
 ``FAST`` off computes the same values with integer and FP32 arithmetic, for Triton's interpreter.
 """
@@ -69,15 +69,16 @@ def _asm_16(kind: str, magnitude_bit: int, scales: tuple[int, int]) -> str:
     return "{ .reg .b32 a, z; mov.b32 z, 0x80008000;\n" + "\n".join(body).replace("$w", "$4") + " }"
 
 
-def _asm_8() -> str:
-    """Eight copies of a word and of the FP16 scales of its values -> eight E4M3 products, order (rh, kh, kl)."""
-    body = []
-    for rh in range(2):
-        for kh in range(2):
-            body.append(_pair("p", 2 * kh + rh, _FP16_BIT))
-            body.append(f"mul.rn.f16x2 p, p, ${10 + 4 * rh}; cvt.rn.satfinite.e4m3x2.f16x2 b{kh}, p;")
-        body.append(f"mov.b32 ${rh}, {{b0, b1}};")
-    return "{ .reg .b32 a, p; .reg .b16 b0, b1;\n" + "\n".join(body).replace("$w", "$2") + " }"
+def _asm_table() -> str:
+    """A word of scales in $2 and which byte of it in $3 -> the E4M3 products of that scale and the eight magnitudes."""
+    body = ["prmt.b32 s, $2, 0, $3; shr.u32 s, s, 1;"]
+    for half in range(2):
+        for pair in range(2):
+            first = 4 * half + 2 * pair
+            two = (first + 1) << _FP16_BIT + 16 | first << _FP16_BIT
+            body.append(f"mov.b32 p, {two:#010x}; mul.rn.f16x2 p, s, p; cvt.rn.satfinite.e4m3x2.f16x2 b{pair}, p;")
+        body.append(f"mov.b32 ${half}, {{b0, b1}};")
+    return "{ .reg .b32 s, p; .reg .b16 b0, b1;\n" + "\n".join(body) + " }"
 
 
 # Lowest bit of the magnitude: its top two bits are the lowest of the exponent, 8 mantissa bits in BF16 and 10 in FP16.
@@ -87,7 +88,13 @@ _BF16_BIT, _FP16_BIT = 6, 9
 _INPUTS, _OF_EIGHT = ",r" * 16, (12, 14)
 _ASM_BF16 = tl.constexpr(_asm_16("bf16x2", _BF16_BIT, _OF_EIGHT))
 _ASM_FP16 = tl.constexpr(_asm_16("f16x2", _FP16_BIT, _OF_EIGHT))
-_ASM_8 = tl.constexpr(_asm_8())
+# Eight copies of a word in $2, and of both halves of the tables of its rows, in the order (rh, j).
+_ASM_8 = tl.constexpr(
+    "{ .reg .b32 s, p; and.b32 s, $2, 0x77777777; prmt.b32 p, $10, $18, s;\n"
+    "lop3.b32 $0, p, $2, 0x80808080, 0xF8; shr.u32 s, s, 16; prmt.b32 p, $14, $22, s;\n"
+    "shl.b32 s, $2, 4; lop3.b32 $1, p, s, 0x80808080, 0xF8; }"
+)
+_ASM_TABLE = tl.constexpr(_asm_table())
 _ASM_E4M3 = tl.constexpr(
     "{ .reg .b16 a, b; cvt.rn.satfinite.e4m3x2.f32 a, $2, $1; cvt.rn.satfinite.e4m3x2.f32 b, $4, $3;\n"
     "mov.b32 $0, {a, b}; }"
@@ -95,7 +102,7 @@ _ASM_E4M3 = tl.constexpr(
 _ASM_PAIRS_BF16 = tl.constexpr(_asm_16("bf16x2", _BF16_BIT, (5, 6)))
 _ASM_PAIRS_FP16 = tl.constexpr(_asm_16("f16x2", _FP16_BIT, (5, 6)))
 _OUT_16 = tl.constexpr("=&r,=&r,=&r,=&r" + _INPUTS)
-_OUT_8 = tl.constexpr("=&r,=&r" + _INPUTS)
+_OUT_8 = tl.constexpr("=&r,=&r" + _INPUTS + ",r" * 8)
 
 # A scale byte in the exponent and mantissa of a 16-bit float: s * 2^7 in FP16. In BF16, whose exponent has three bits
 # more, those are set and give s * 2^119. That meets the 2^-14 or 2^-126 of the codes.
@@ -169,17 +176,57 @@ def round_e4m3(x):
 
 
 @triton.jit
-def _slow(words, scales, j):
-    half = words >> (16 * tl.reshape(tl.arange(0, 2), [1, 1, 1, 1, 1, 1, 1, 1, 2]))
-    sign = (half >> (((j * 0 + _SIGN_BITS) >> (4 * j)) & 15)) & 1
-    code = (half >> (((j * 0 + _MAGNITUDE_BITS) >> (4 * j)) & 15)) & 7
+def _of_pair(scales, S: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    """Words ``[.., g, t // 2]`` of scales -> ``[.., g, t, 1, rh, 1, 1]``, and which of their bytes belongs to t, rh."""
+    scales = tl.broadcast_to(tl.reshape(scales, [S, R, C, 8, 2, 1]), [S, R, C, 8, 2, 2])
+    scales = tl.reshape(scales, [S, R, C, 8, 4, 1, 1, 1, 1])
+    t = tl.reshape(tl.arange(0, 4), [1, 1, 1, 1, 4, 1, 1, 1, 1])
+    rh = tl.reshape(tl.arange(0, 2), [1, 1, 1, 1, 1, 1, 2, 1, 1])
+    return tl.broadcast(scales, 2 * (t % 2) + rh)
+
+
+@triton.jit
+def _table(scales, S: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    """The products of each block's scale and the eight magnitudes, in halves of four E4M3 values."""
+    scales, byte = _of_pair(scales, S, R, C)
+    # prmt: that byte twice, each above a byte of 0.
+    return tl.inline_asm_elementwise(
+        _ASM_TABLE,
+        "=&r,=&r,r,r",
+        [scales, 0x0404 + 0x1010 * byte],
+        dtype=(tl.int32, tl.int32),
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def _slow_8(words, scales, S: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    scales, byte = _of_pair(scales, S, R, C)
+    rh = tl.reshape(tl.arange(0, 2), [1, 1, 1, 1, 1, 1, 2, 1, 1])
+    j = 2 * tl.reshape(tl.arange(0, 2), [1, 1, 1, 1, 1, 1, 1, 2, 1])
+    j += tl.reshape(tl.arange(0, 2), [1, 1, 1, 1, 1, 1, 1, 1, 2])
+    sign = (words >> (8 * j + 7 - 4 * rh)) & 1
+    return _product(sign, (words >> (16 * rh + 4 * j)) & 7, (scales >> (8 * byte)) & 0xFF)
+
+
+@triton.jit
+def _product(sign, code, byte):
+    """``e2m1 * scale * 2^-7`` in FP32."""
     exponent, mantissa = code >> 1, code & 1
     magnitude = tl.where(exponent == 0, mantissa, (2 + mantissa) << tl.maximum(exponent - 1, 0)).to(tl.float32) * 0.5
-    byte = (scales >> (8 * _kk())) & 0xFF
     # FP32 has room for the exponent as it is: 2^(e - 22), and 0 for the byte 0.
     scale = ((byte + ((127 - SCALE_BIAS) << 3)) << 20).to(tl.float32, bitcast=True)
     scale = tl.where(byte == 0, 0.0, scale)
     return tl.where(sign == 1, -magnitude, magnitude) * scale * (1.0 / 128)
+
+
+@triton.jit
+def _slow(words, scales, j):
+    half = words >> (16 * tl.reshape(tl.arange(0, 2), [1, 1, 1, 1, 1, 1, 1, 1, 2]))
+    sign = (half >> (((j * 0 + _SIGN_BITS) >> (4 * j)) & 15)) & 1
+    code = (half >> (((j * 0 + _MAGNITUDE_BITS) >> (4 * j)) & 15)) & 7
+    return _product(sign, code, (scales >> (8 * _kk())) & 0xFF)
 
 
 @triton.jit
@@ -193,26 +240,26 @@ def operand(words, scales, S: tl.constexpr, R: tl.constexpr, C: tl.constexpr, KI
         KIND: ``"bf16"``, ``"fp16"`` or ``"fp8"``.
     """
     words = tl.broadcast_to(tl.reshape(words, [S, R, C, 8, 4, 4, 1, 1, 1]), [S, R, C, 8, 4, 4, 2, 2, 2])
-    if KIND == "fp8":  # (rh, kh, kl)
-        scales = tl.reshape(scales, [S, R, C, 8, 1, 1, 2, 1, 1])
-    else:  # (kh, rh, kl)
+    if KIND == "fp8":
+        if FAST:
+            low, high = _table(scales, S, R, C)
+            low = tl.broadcast_to(low, [S, R, C, 8, 4, 4, 2, 2, 2])
+            high = tl.broadcast_to(high, [S, R, C, 8, 4, 4, 2, 2, 2])
+            out = tl.inline_asm_elementwise(_ASM_8, _OUT_8, [words, low, high], tl.float8e4nv, is_pure=True, pack=8)
+        else:
+            out = round_e4m3(_slow_8(words, scales, S, R, C))
+    elif FAST:
         scales = tl.reshape(scales, [S, R, C, 8, 1, 1, 1, 2, 1])
-    if FAST:
         scales = tl.broadcast_to(_kk_scales(scales, KIND), [S, R, C, 8, 4, 4, 2, 2, 2])
         if KIND == "bf16":
             out = tl.inline_asm_elementwise(_ASM_BF16, _OUT_16, [words, scales], tl.bfloat16, is_pure=True, pack=8)
-        elif KIND == "fp16":
-            out = tl.inline_asm_elementwise(_ASM_FP16, _OUT_16, [words, scales], tl.float16, is_pure=True, pack=8)
         else:
-            out = tl.inline_asm_elementwise(_ASM_8, _OUT_8, [words, scales], tl.float8e4nv, is_pure=True, pack=8)
-    elif KIND == "fp8":
-        pair = 2 * tl.reshape(tl.arange(0, 2), [1, 1, 1, 1, 1, 1, 1, 2, 1])
-        pair += tl.reshape(tl.arange(0, 2), [1, 1, 1, 1, 1, 1, 2, 1, 1])
-        out = round_e4m3(_slow(words, scales, pair))
+            out = tl.inline_asm_elementwise(_ASM_FP16, _OUT_16, [words, scales], tl.float16, is_pure=True, pack=8)
     else:
+        scales = tl.reshape(scales, [S, R, C, 8, 1, 1, 1, 2, 1])
         pair = tl.reshape(tl.arange(0, 4), [1, 1, 1, 1, 1, 1, 2, 2, 1])
         out = _slow(words, scales, pair)
-    if KIND == "fp8":  # columns (kk, t, kh, kl): the order of FP8_COLUMNS
+    if KIND == "fp8":  # columns (word, t, j): the order of FP8_COLUMNS
         out = tl.permute(out, [0, 1, 6, 3, 2, 5, 4, 7, 8])
     else:  # columns (kk, kh, t, kl)
         out = tl.permute(out, [0, 1, 7, 3, 2, 5, 6, 4, 8])
@@ -256,7 +303,7 @@ def values(words, scales, R: tl.constexpr, C: tl.constexpr, KIND: tl.constexpr, 
 @triton.jit
 def fp8_order(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Columns of ``[ROWS, COLUMNS]`` into ``FP8_COLUMNS`` order."""
-    x = tl.reshape(x, [ROWS, COLUMNS // 16, 2, 4, 2])  # kh, t, kl
+    x = tl.reshape(x, [ROWS, COLUMNS // 64, 4, 4, 4])  # t, word, j
     return tl.reshape(tl.permute(x, [0, 1, 3, 2, 4]), [ROWS, COLUMNS])
 
 

@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adallm.kernels.dequant import VALUE_POWER, fp8_order, to_dtype, to_e4m3, values
-from adallm.kernels.layout import Packed
+from adallm.kernels.dequant import VALUE_POWER, operand, to_dtype, to_e4m3, values
+from adallm.kernels.layout import Packed, padded
 
+KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float8_e4m3fn: "fp8"}
 _R, _C, _WARPS = 4, 2, 4
 
 
@@ -46,12 +47,14 @@ def nvfp4_expand(
         mask=in_n & (first + i // 128 < chunks)[None, :],
         other=0,
     )
-    x = values(word, scale, R, C, KIND, FAST)
     n = tl.program_id(0) * (R * 16) + tl.arange(0, R * 16)
     k = first * 64 + tl.arange(0, C * 64)
-    if out.dtype.element_ty == tl.float8e4nv:
-        x = fp8_order(to_e4m3(x.to(tl.float32), FAST), R * 16, C * 64)
+    if KIND == "fp8":
+        x = tl.reshape(operand(word, scale, 1, R, C, KIND, FAST), [R * 16, C * 64])
+        if not FAST:
+            x = to_e4m3(x, FAST)
     else:
+        x = values(word, scale, R, C, KIND, FAST)
         exponent = 7 - tl.load(shift + n, mask=n < N, other=0).to(tl.int32)
         factor = ((exponent + 127) << 23).to(tl.float32, bitcast=True)
         x = to_dtype(x.to(tl.float32) * factor[:, None], out.dtype.element_ty, FAST)
@@ -60,13 +63,11 @@ def nvfp4_expand(
 
 
 def expand(words: Tensor, scales: Tensor, shift: Tensor, n: int, k: int, dtype: torch.dtype) -> Tensor:
-    """``[n, k]`` of ``dtype``: bfloat16, float16 or float8_e4m3fn."""
+    """``[n, k]`` of ``dtype``: bfloat16 or float16; of words for FP8 products float8_e4m3fn, k a multiple of 64."""
     out = torch.empty(n, k, dtype=dtype, device=words.device)
-    kind = "bf16" if dtype == torch.bfloat16 else "fp16"
     grid = (triton.cdiv(words.shape[0], _R), triton.cdiv(words.shape[1], _C))
-    nvfp4_expand[grid](
-        words, scales, shift, out, n, k, R=_R, C=_C, KIND=kind, FAST=words.device.type != "cpu", num_warps=_WARPS
-    )
+    kind, fast = KINDS[dtype], words.device.type != "cpu"
+    nvfp4_expand[grid](words, scales, shift, out, n, k, R=_R, C=_C, KIND=kind, FAST=fast, num_warps=_WARPS)
     return out
 
 
@@ -74,7 +75,7 @@ def fp8_values(p: Packed) -> Tensor:
     """The weight that W4A8 multiplies by, ``E4M3(e2m1 * scale * 2^shift * 2^-7) * row_scale * 2^7``.
 
     Returns:
-        FP32 ``[n, k]``, its columns in ``FP8_COLUMNS`` order.
+        FP32 ``[n, K64]``, its columns in ``FP8_COLUMNS`` order.
     """
-    weight = expand(p.words, p.scales, p.shift, p.n, p.k, torch.float8_e4m3fn)
+    weight = expand(p.words, p.scales, p.shift, p.n, padded(p.n, p.k)[1], torch.float8_e4m3fn)
     return weight.float().mul_(p.row_scale[:, None] * VALUE_POWER.value)

@@ -17,12 +17,14 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_init, warpgroup_mma_wait
 
 from adallm.kernels import dequant, matmul
+from adallm.kernels.expand import KINDS
 from adallm.kernels.layout import TILE_K, TILE_N
-from adallm.kernels.matmul import GROUP, KINDS, Config, blocks, promote
+from adallm.kernels.matmul import GROUP, Config, blocks, promote
 
 _ASM_BF16 = gl.constexpr(dequant._ASM_BF16.value)
 _ASM_FP16 = gl.constexpr(dequant._ASM_FP16.value)
 _ASM_8 = gl.constexpr(dequant._ASM_8.value)
+_ASM_TABLE = gl.constexpr(dequant._ASM_TABLE.value)
 _OUT_16 = gl.constexpr(dequant._OUT_16.value)
 _OUT_8 = gl.constexpr(dequant._OUT_8.value)
 _ASM_EVEN = gl.constexpr(dequant._ASM_SCALE_EVEN.value)
@@ -63,10 +65,33 @@ def _word_layout(R, C, W):
 
 
 @triton.constexpr_function
-def _scale_layout(R, C, W):
-    registers = [[0, 1]] + [[0, 16 * b] for b in _bits(C)] + [[b * W, 0] for b in _bits(max(R // W, 1))]
-    lanes = [[0, 0], [0, 0], [0, 2], [0, 4], [0, 8]]
+def _scale_layout(R, C, W, KIND):
+    registers = [] if KIND == "fp8" else [[0, 1]]
+    registers += [[0, 16 * b] for b in _bits(C)] + [[b * W, 0] for b in _bits(max(R // W, 1))]
+    lanes = [[0, 0], [0, 1] if KIND == "fp8" else [0, 0], [0, 2], [0, 4], [0, 8]]
     return gl.DistributedLinearLayout(registers, lanes, [[b, 0] for b in _bits(W)], [], [R, C * 16])
+
+
+@triton.constexpr_function
+def _table_layout(R, C, W):
+    """``_tile_layout`` with ``t`` as ``[2, 2]``."""
+
+    def unit(axis, value):
+        return [value if a == axis else 0 for a in range(9)]
+
+    registers = [unit(8, 1), unit(7, 1), unit(6, 1), unit(5, 1), unit(5, 2)]
+    registers += [unit(1, b) for b in _bits(C)] + [unit(0, b * W) for b in _bits(max(R // W, 1))]
+    lanes = [unit(4, 1), unit(3, 1), unit(2, 1), unit(2, 2), unit(2, 4)]
+    shape = [R, C, 8, 2, 2, 4, 2, 2, 2]
+    return gl.DistributedLinearLayout(registers, lanes, [unit(0, b) for b in _bits(W)], [], shape)
+
+
+@triton.constexpr_function
+def _along(layout, axis, rank):
+    """Of the only axis that is left."""
+    for other in (*range(rank - 1, axis, -1), *range(axis - 1, -1, -1)):
+        layout = gl.SliceLayout(other, layout)
+    return layout
 
 
 @gluon.jit
@@ -74,30 +99,46 @@ def _weights(words, scales, R: gl.constexpr, C: gl.constexpr, W: gl.constexpr, K
     """``dequant.operand`` of tiles in shared memory; the conversions cost nothing, which the compiler asserts."""
     tile: gl.constexpr = _tile_layout(R, C, W)
     word = gl.convert_layout(words.load(_word_layout(R, C, W)).reshape([R, C, 8, 4, 4, 1, 1, 1]), tile)
-    scale = scales.load(_scale_layout(R, C, W))
-    scale = scale.reshape([R, C, 8, 1, 1, 2, 1, 1] if KIND == "fp8" else [R, C, 8, 1, 1, 1, 2, 1])
-    scale = gl.convert_layout(scale, tile)
-    if KIND == "bf16":
-        even = gl.inline_asm_elementwise(_ASM_EVEN, "=r,r", [scale], dtype=gl.int32, is_pure=True, pack=1)
-        odd = gl.inline_asm_elementwise(_ASM_ODD, "=r,r", [scale], dtype=gl.int32, is_pure=True, pack=1)
-    else:
-        even = (scale << 7) & 0x7F807F80
-        odd = (scale >> 1) & 0x7F807F80
-    inner: gl.constexpr = gl.SliceLayout(5, gl.SliceLayout(6, gl.SliceLayout(7, tile)))
-    along: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, inner))))
-    kk = gl.arange(0, 4, layout=along)[None, None, None, None, :, None, None, None]
-    two = gl.where(kk % 2 == 0, even, odd)
-    low = gl.inline_asm_elementwise(_LOW, "=r,r", [two], dtype=gl.int32, is_pure=True, pack=1)
-    high = gl.inline_asm_elementwise(_HIGH, "=r,r", [two], dtype=gl.int32, is_pure=True, pack=1)
     full = gl.zeros([R, C, 8, 4, 4, 2, 2, 2], gl.int32, tile)
     word, _ = gl.broadcast(word, full)
-    scale, _ = gl.broadcast(gl.where(kk < 2, low, high), full)
-    if KIND == "bf16":
-        v = gl.inline_asm_elementwise(_ASM_BF16, _OUT_16, [word, scale], dtype=gl.bfloat16, is_pure=True, pack=8)
-    elif KIND == "fp16":
-        v = gl.inline_asm_elementwise(_ASM_FP16, _OUT_16, [word, scale], dtype=gl.float16, is_pure=True, pack=8)
+    scale = scales.load(_scale_layout(R, C, W, KIND))
+    if KIND == "fp8":
+        pairs: gl.constexpr = _table_layout(R, C, W)
+        scale = gl.convert_layout(scale.reshape([R, C, 8, 2, 1, 1, 1, 1, 1]), pairs)
+        t = gl.arange(0, 2, layout=_along(pairs, 4, 9))[None, None, None, None, :, None, None, None, None]
+        rh = gl.arange(0, 2, layout=_along(pairs, 6, 9))[None, None, None, None, None, None, :, None, None]
+        t, rh = gl.broadcast(t, rh)
+        scale, byte = gl.broadcast(scale, 2 * t + rh)
+        low, high = gl.inline_asm_elementwise(
+            _ASM_TABLE,
+            "=&r,=&r,r,r",
+            [scale, 0x0404 + 0x1010 * byte],
+            dtype=(gl.int32, gl.int32),
+            is_pure=True,
+            pack=1,
+        )
+        low, _ = gl.broadcast(gl.convert_layout(low.reshape([R, C, 8, 4, 1, 2, 1, 1]), tile, assert_trivial=True), full)
+        high, _ = gl.broadcast(
+            gl.convert_layout(high.reshape([R, C, 8, 4, 1, 2, 1, 1]), tile, assert_trivial=True), full
+        )
+        v = gl.inline_asm_elementwise(_ASM_8, _OUT_8, [word, low, high], dtype=gl.float8e4nv, is_pure=True, pack=8)
     else:
-        v = gl.inline_asm_elementwise(_ASM_8, _OUT_8, [word, scale], dtype=gl.float8e4nv, is_pure=True, pack=8)
+        scale = gl.convert_layout(scale.reshape([R, C, 8, 1, 1, 1, 2, 1]), tile)
+        if KIND == "bf16":
+            even = gl.inline_asm_elementwise(_ASM_EVEN, "=r,r", [scale], dtype=gl.int32, is_pure=True, pack=1)
+            odd = gl.inline_asm_elementwise(_ASM_ODD, "=r,r", [scale], dtype=gl.int32, is_pure=True, pack=1)
+        else:
+            even = (scale << 7) & 0x7F807F80
+            odd = (scale >> 1) & 0x7F807F80
+        kk = gl.arange(0, 4, layout=_along(tile, 4, 8))[None, None, None, None, :, None, None, None]
+        two = gl.where(kk % 2 == 0, even, odd)
+        low = gl.inline_asm_elementwise(_LOW, "=r,r", [two], dtype=gl.int32, is_pure=True, pack=1)
+        high = gl.inline_asm_elementwise(_HIGH, "=r,r", [two], dtype=gl.int32, is_pure=True, pack=1)
+        scale, _ = gl.broadcast(gl.where(kk < 2, low, high), full)
+        if KIND == "bf16":
+            v = gl.inline_asm_elementwise(_ASM_BF16, _OUT_16, [word, scale], dtype=gl.bfloat16, is_pure=True, pack=8)
+        else:
+            v = gl.inline_asm_elementwise(_ASM_FP16, _OUT_16, [word, scale], dtype=gl.float16, is_pure=True, pack=8)
     v = v.permute([0, 5, 2, 1, 4, 3, 6, 7] if KIND == "fp8" else [0, 6, 2, 1, 4, 5, 3, 7])
     fragment: gl.constexpr = gl.DotOperandLayout(0, MMA, 4 if KIND == "fp8" else 2)
     return gl.convert_layout(v.reshape([R * 16, C * 64]), fragment, assert_trivial=True)

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from adallm.kernels.dequant import VALUE_POWER, check_registers, operand, to_dtype
+from adallm.kernels.expand import KINDS
 from adallm.kernels.layout import TILE_K, TILE_N
 
 
@@ -216,7 +217,6 @@ def nvfp4_matmul(
         tl.store(out + at, to_dtype(acc, out.dtype.element_ty, FAST), mask=inside)
 
 
-KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float8_e4m3fn: "fp8"}
 GROUP = 8
 PROMOTE_COLUMNS = 2048
 _CHECKED: set[str] = set()
@@ -248,8 +248,8 @@ def launch(
     """``out = x @ w.T`` (+ bias), with the arguments checked by the caller.
 
     Args:
-        x: ``[M, K]``, stride 1 along K: bfloat16, float16, or float8_e4m3fn with columns in ``FP8_COLUMNS`` order.
-        words, scales, row_scale: as ``layout.from_checkpoint`` makes them.
+        x: ``[M, K]``, stride 1 along K: bfloat16, float16, or float8_e4m3fn as ``quantize_tokens`` makes it.
+        words, scales, row_scale: as ``layout.from_checkpoint`` makes them for 16-bit or FP8 products.
         out: ``[M, N]`` bfloat16 or float16, stride 1 along N.
         x_scale: float32 ``[M]``, with float8_e4m3fn.
         arrivals: int32, at least ``blocks(config, M, N)`` zeros, where ``config.splits`` is above 1; zero again after.

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from adallm.kernels import choice, matmul
 from adallm.kernels.dequant import VALUE_POWER
-from adallm.kernels.expand import expand
+from adallm.kernels.expand import KINDS, expand
 from adallm.kernels.layout import TILE_K, TILE_N, padded
-from adallm.kernels.matmul import KINDS, Config
+from adallm.kernels.matmul import Config
 from adallm.kernels.quantize import quantize_tokens
 
 _LIBRARY = torch.library.Library("adallm", "FRAGMENT")
@@ -75,7 +75,7 @@ def _linear(
     dtype: torch.dtype,
 ) -> Tensor:
     _check(x, x_scale, words, arrivals, n, fp8)
-    m, k = x.shape
+    m = x.shape[0]
     out = torch.empty(m, n, dtype=dtype, device=x.device)
     if not m:
         return out
@@ -84,7 +84,7 @@ def _linear(
         x = x.clone(memory_format=torch.contiguous_format)
     if fp8 and x_scale is None:
         x, x_scale = quantize_tokens(x)
-    config = chosen(m, n, k, KINDS[x.dtype], dtype, bias is not None, choice.gpu(x.device.index))
+    config = chosen(m, n, x.shape[1], KINDS[x.dtype], dtype, bias is not None, choice.gpu(x.device.index))
     if config is not None:
         launcher(config)(x, words, scales, row_scale, out, config, x_scale=x_scale, bias=bias, arrivals=arrivals)
         return out
@@ -95,7 +95,8 @@ def _linear(
 def _check(x: Tensor, x_scale: Tensor | None, words: Tensor, arrivals: Tensor, n: int, fp8: bool) -> None:
     """Raise a ValueError for what the kernels would read or write out of bounds, or take for something else."""
     wanted = (TILE_N * words.shape[0], TILE_K * words.shape[1])
-    if x.dim() != 2 or padded(n, x.shape[1]) != wanted or x.shape[1] % 16:
+    columns = TILE_K if x.dtype == torch.float8_e4m3fn and x_scale is not None else 16
+    if x.dim() != 2 or padded(n, x.shape[1]) != wanted or x.shape[1] % columns:
         raise ValueError(f"x is {list(x.shape)} and n {n}; stored is a weight of {list(wanted)}, padding included")
     if x.dtype not in KINDS or (x.dtype == torch.float8_e4m3fn) != (x_scale is not None):
         given = "with" if x_scale is not None else "without"
@@ -175,4 +176,5 @@ def _(x, x_scale, words, scales, row_scale, shift, bias, arrivals, n, fp8, alpha
 @torch.library.register_fake("adallm::fp8_tokens", lib=_LIBRARY)
 def _(x, weight, eps, gated, ordered):
     k = x.shape[1] // 2 if gated else x.shape[1]
+    k = k if ordered else padded(1, k)[1]
     return x.new_empty(x.shape[0], k, dtype=torch.float8_e4m3fn), x.new_empty(x.shape[0], dtype=torch.float32)

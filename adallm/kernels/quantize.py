@@ -1,7 +1,8 @@
 """Per-token FP8 activations in one pass: ``scale = max |y| / 448`` (1 where that is 0), ``data = E4M3(y / scale)``.
 
 ``y`` is ``x`` itself, ``x * rsqrt(mean(x^2) + eps) * weight`` (RMSNorm), or ``silu(x[:K]) * x[K:]``, in FP32 and never
-rounded in between. The columns of ``data`` are written in ``FP8_COLUMNS`` order, which the kernels multiply by.
+rounded in between. The columns of ``data`` are written in ``FP8_COLUMNS`` order, which the kernels multiply by, and
+padded with zeros to a multiple of 64.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from adallm.fp8 import INPUT_DTYPES
 from adallm.kernels.dequant import fp8_order, to_e4m3
+from adallm.kernels.layout import padded
 
 # Longest row that a block keeps in registers; of a longer one it reads pieces, again for each pass, from the cache.
 _ONE_PIECE = 32768
@@ -30,11 +32,11 @@ def _input(x, weight, k, K, rstd, INPUT: tl.constexpr):
 
 
 @triton.jit
-def _write(y, scale, data, k, K, BLOCK: tl.constexpr, ORDERED: tl.constexpr, FAST: tl.constexpr):
+def _write(y, scale, data, k, stride, BLOCK: tl.constexpr, ORDERED: tl.constexpr, FAST: tl.constexpr):
     y = to_e4m3(tl.math.div_rn(y, scale), FAST)
     if not ORDERED:
         y = tl.reshape(fp8_order(tl.reshape(y, [1, BLOCK]), 1, BLOCK), [BLOCK])
-    tl.store(data + k, y, mask=k < K)
+    tl.store(data + k, y, mask=k < stride)
 
 
 @triton.jit
@@ -45,6 +47,7 @@ def fp8_tokens(
     scale,
     K,
     x_stride,
+    data_stride,
     eps,
     BLOCK: tl.constexpr,
     PIECES: tl.constexpr,
@@ -54,7 +57,7 @@ def fp8_tokens(
 ):
     row = tl.program_id(0).to(tl.int64)
     x += row * x_stride
-    data += row * K
+    data += row * data_stride
     k = tl.arange(0, BLOCK)
     rstd = 1.0
     if INPUT == "rms_norm":
@@ -70,10 +73,10 @@ def fp8_tokens(
     s = tl.math.div_rn(tl.max(amax), 448.0)
     s = tl.where(s == 0, 1.0, s)
     tl.store(scale + row, s)
-    _write(y, s, data, k, K, BLOCK, ORDERED, FAST)
+    _write(y, s, data, k, data_stride, BLOCK, ORDERED, FAST)
     for piece in range(1, PIECES):
         y = _input(x, weight, piece * BLOCK + k, K, rstd, INPUT)
-        _write(y, s, data, piece * BLOCK + k, K, BLOCK, ORDERED, FAST)
+        _write(y, s, data, piece * BLOCK + k, data_stride, BLOCK, ORDERED, FAST)
 
 
 def quantize_tokens(
@@ -84,13 +87,14 @@ def quantize_tokens(
     gated: bool = False,
     ordered: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """E4M3 data ``[M, K]`` and float32 scales ``[M]`` of ``x`` ``[M, K]``, of its RMSNorm, or of ``silu(a) * b``.
+    """E4M3 data ``[M, K64]`` and float32 scales ``[M]`` of ``x`` ``[M, K]``, of its RMSNorm, or of ``silu(a) * b``; K64
+    is K rounded up to a multiple of 64.
 
     Args:
         x: bfloat16, float16 or float32; ``[M, 2 K]`` where ``gated``. K is a multiple of 16.
         weight: ``[K]`` of the RMSNorm, with ``eps``.
         gated: SiLU of the first half times the second.
-        ordered: write the columns in their own order, as the reference does.
+        ordered: write the columns in their own order, without padding, as the reference does.
 
     Raises:
         ValueError: a shape, dtype or device that does not fit.
@@ -109,11 +113,11 @@ def quantize_tokens(
         )
     if x.stride(1) != 1:
         x = x.contiguous()
-    data = torch.empty(m, k, dtype=torch.float8_e4m3fn, device=x.device)
+    data = torch.empty(m, k if ordered else padded(1, k)[1], dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(m, dtype=torch.float32, device=x.device)
     if not m:
         return data, scale
-    block = triton.next_power_of_2(k) if k <= _ONE_PIECE else _PIECE
+    block = max(triton.next_power_of_2(k), 64) if k <= _ONE_PIECE else _PIECE
     fp8_tokens[(m,)](
         x,
         weight,
@@ -121,6 +125,7 @@ def quantize_tokens(
         scale,
         k,
         x.stride(0),
+        data.shape[1],
         eps,
         BLOCK=block,
         PIECES=triton.cdiv(k, block),

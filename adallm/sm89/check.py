@@ -54,7 +54,7 @@ class Operands:
         generator = torch.Generator(device).manual_seed(SEED)
         weight = nvfp4.quantize(torch.randn(n, k, generator=generator, device=device).mul_(0.02).bfloat16())
         x = torch.randn(m, k, generator=generator, device=device).to(_DTYPES[kind])
-        packed = layout.from_checkpoint(weight)
+        packed = layout.from_checkpoint(weight, fp8=kind == "fp8")
         dense, x_scale = nvfp4.dequantize(weight), None
         if kind == "fp8":
             x, x_scale = quantize_tokens(x)
