@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+from adallm import results
 from adallm.bench import tune
 from adallm.kernels import choice
 from adallm.kernels.choice import GPU
@@ -31,7 +32,7 @@ def test_candidates_suit_the_tokens_and_the_gpu():
     assert not tried & {dataclasses.replace(c, splits=1) for c in hopper - ada}
 
 
-def test_the_fastest_is_kept_and_all_are_checked(monkeypatch):
+def test_all_are_checked_and_timed(monkeypatch):
     operands = Operands.random("bf16", 3, 48, 80, copies=lambda nbytes: 2, device=DEVICE)
     slow, quick = Config(32, 8, 64, 2, 1, 2, 2), Config(16, 8, 64, 2, 1, 2, 2)
     times = iter([9.0, 2.0])
@@ -42,10 +43,15 @@ def test_the_fastest_is_kept_and_all_are_checked(monkeypatch):
             run()
         return next(times), 0.0
 
-    assert tune.fastest(operands, [slow, quick], repeats=3, time=time) == (quick, 2.0)
+    found = tune.timed(operands, [slow, quick], repeats=3, time=time)
+    assert [of_one[:2] for of_one in found] == [(slow, 9.0), (quick, 2.0)]
+    assert all(0 < error < 2e-3 for *_, error in found)
+    row = tune._row("bf16", 3, 48, 80, *found[1])
+    assert (row["m"], row["config_n"], row["config_overlap"], row["us"]) == (3, 16, False, 2.0)
+    assert tune._row("bf16", 3, 48, 80, None, 1.0, 0.0)["config_n"] is None
     monkeypatch.setattr(Operands, "relative_error", lambda self, out: 0.5)
     with pytest.raises(ValueError, match=r"relative error 0\.5 with M=3 N=48"):
-        tune.fastest(operands, [slow], repeats=3, time=time)
+        tune.timed(operands, [slow], repeats=3, time=time)
 
 
 def test_one_that_does_not_fit_is_passed_over(monkeypatch):
@@ -59,10 +65,10 @@ def test_one_that_does_not_fit_is_passed_over(monkeypatch):
 
     monkeypatch.setattr(tune, "call", raises("out of resource: shared memory"))
     with pytest.raises(ValueError, match="no configuration fits this GPU for M=3 N=48"):
-        tune.fastest(operands, [Config(16, 8, 64, 2, 1, 2, 2)], repeats=3, time=None)
+        tune.timed(operands, [Config(16, 8, 64, 2, 1, 2, 2)], repeats=3, time=None)
     monkeypatch.setattr(tune, "call", raises("illegal address"))
     with pytest.raises(RuntimeError, match="illegal address"):
-        tune.fastest(operands, [Config(16, 8, 64, 2, 1, 2, 2)], repeats=3, time=None)
+        tune.timed(operands, [Config(16, 8, 64, 2, 1, 2, 2)], repeats=3, time=None)
 
 
 def test_shapes_of_a_model(tmp_path):
@@ -97,7 +103,10 @@ def test_without_a_gpu(capsys):
 def test_a_table_of_this_gpu(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     choice.reload()
-    assert tune.main(["--shapes", "256x512", "--m", "1", "300", "--kinds", "bf16", "--repeats", "3"]) == 0
+    options = ["--m", "1", "300", "--kinds", "bf16", "--repeats", "3", "--record", str(tmp_path / "results")]
+    assert tune.main(["--shapes", "256x512", *options]) == 0
+    (record,) = results.read_all("tune", root=tmp_path / "results").values()
+    assert {row["m"] for row in record["rows"]} == {1, 300}
     rows = choice.tuned(choice.gpu(0).slug)["bf16", 256, 512]
     assert [row.m for row in rows] == [1, 300]
     assert tune.main(["--forget"]) == 0

@@ -2,7 +2,8 @@
 
 Every configuration that a built-in table names, with each of its splits, and the library's product of the expanded
 weight are compared with FP32 first and timed by CUDA graphs over rotating weights. The winners go into the user's cache
-directory (``kernels/choice.py``), where they come before the built-in table; ``--forget`` deletes them.
+directory (``kernels/choice.py``), where they come before the built-in table; ``--forget`` deletes them. ``--record``
+writes all times to ``results/tune/<slug>.json``, which is what the built-in tables are made of.
 """
 
 from __future__ import annotations
@@ -11,18 +12,23 @@ import argparse
 import dataclasses
 import itertools
 import json
+import multiprocessing
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from adallm import results
 from adallm.bench._timing import copies, graph_us
-from adallm.kernels import choice, ops
+from adallm.kernels import choice, matmul, ops
 from adallm.kernels.choice import GPU, Row
 from adallm.kernels.matmul import Config
-from adallm.sm89.check import LIMIT, Operands
+from adallm.sm89 import build
+from adallm.sm89.check import LIMIT, SEED, Operands
 
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 QWEN3_8B = ((6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288))
@@ -53,16 +59,36 @@ def call(operands: Operands, index: int, config: Config | None, out: torch.Tenso
     return partial(ops.launcher(config), operands.x, p.words, p.scales, p.row_scale, out, config, **given)
 
 
-def fastest(
+def compile_all(cases: Iterable[tuple[str, Config | None, int]]) -> int:
+    """Compile the kernels of (kind, configuration, K), with all cores; Triton keeps them on disk. Returns how many."""
+    different = {}
+    for kind, config, k in cases:
+        if config is not None:
+            one = dataclasses.replace(config, splits=min(config.splits, 2))
+            whole = k % (config.slices * config.k) == 0
+            different[kind, one, whole, matmul.promote(config, k) if kind == "fp8" else 0] = kind, config, k
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        pool.map(_compile, different.values(), chunksize=1)
+    return len(different)
+
+
+def _compile(case: tuple[str, Config, int]) -> None:
+    kind, config, k = case
+    launcher = ops.launcher(config)
+    with build.replaced(launcher, lambda fn, grid, *args, **kwargs: fn.warmup(*args, grid=grid, **kwargs)):
+        launcher(**build.product(kind, config, k))
+
+
+def timed(
     operands: Operands, configs: Iterable[Config | None], *, repeats: int, time: Callable[..., tuple[float, float]]
-) -> tuple[Config | None, float]:
-    """The configuration that takes the least time, and that time in us. One that does not fit the GPU is passed over.
+) -> list[tuple[Config | None, float, float]]:
+    """Each configuration with its time in us and its relative error. One that does not fit the GPU is passed over.
 
     Raises:
         ValueError: a result that is off by more than ``sm89.check.LIMIT``, or no configuration at all runs.
     """
     m, n = len(operands.x), operands.packed[0].n
-    best: tuple[Config | None, float] | None = None
+    found = []
     for config in configs:
         out = torch.full((m, n), torch.nan, dtype=torch.bfloat16, device=operands.x.device)
         calls = [call(operands, i, config, out) for i in range(len(operands.packed))]
@@ -76,12 +102,10 @@ def fastest(
             raise ValueError(
                 f"{config or 'expand + library'}: relative error {error:.3g} with M={m} N={n}, above {LIMIT}"
             )
-        us, _ = time(calls, repeats=repeats)
-        if best is None or us < best[1]:
-            best = config, us
-    if best is None:
+        found.append((config, time(calls, repeats=repeats)[0], error))
+    if not found:
         raise ValueError(f"no configuration fits this GPU for M={m} N={n}")
-    return best
+    return found
 
 
 def shapes_of(directory: Path) -> list[tuple[int, int]]:
@@ -118,6 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--m", nargs="+", type=int, default=list(TOKENS), help="tokens to measure at")
     parser.add_argument("--kinds", nargs="+", choices=("bf16", "fp8"), help="default: what the GPU has")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--record", type=Path, metavar="FOLDER", help="root of the records to write all times to")
     parser.add_argument("--forget", action="store_true", help="delete this GPU's table instead")
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
@@ -131,17 +156,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     shapes = [*options.shapes, *itertools.chain.from_iterable(map(shapes_of, options.model))]
     kinds = options.kinds or [kind for kind in ("bf16", "fp8") if kind in choice.TABLES[gpu.family]]
     table = dict(choice.tuned(gpu.slug))
-    for kind, (n, k) in itertools.product(kinds, dict.fromkeys(shapes or QWEN3_8B)):
+    products = list(itertools.product(kinds, dict.fromkeys(shapes or QWEN3_8B)))
+    tokens = sorted(set(options.m))
+    every = [
+        (kind, config, k) for kind, (n, k) in products for m in tokens for config in candidates(kind, gpu, m, n, k)
+    ]
+    print(f"{compile_all(every)} kernels for {len(every)} times", flush=True)
+    record = []
+    for kind, (n, k) in products:
         operands = Operands.random(kind, max(options.m), n, k, copies=copies)
         rows = []
-        for m in sorted(set(options.m)):
-            found = candidates(kind, gpu, m, n, k)
-            config, us = fastest(operands.first(m), found, repeats=options.repeats, time=graph_us)
+        for m in tokens:
+            found = timed(operands.first(m), candidates(kind, gpu, m, n, k), repeats=options.repeats, time=graph_us)
+            record += [_row(kind, m, n, k, *of_one) for of_one in found]
+            config, us, _ = min(found, key=lambda of_one: of_one[1])
             rows.append(Row(m, () if config is None else (config,)))
             print(f"{n}x{k} {kind} M={m}: {us:.1f} us, {config or 'expand + library'}", flush=True)
         table[kind, n, k] = tuple(rows)
         print(f"wrote {choice.write_tuned(gpu.slug, table)}")
+    if options.record:
+        print(f"wrote {results.write('tune', record, provenance=results.provenance(seed=SEED), root=options.record)}")
     return 0
+
+
+def _row(kind: str, m: int, n: int, k: int, config: Config | None, us: float, error: float) -> dict[str, Any]:
+    """Of the record; without a configuration, the library's."""
+    names = [field.name for field in dataclasses.fields(Config)]
+    of_config = dict.fromkeys(names) if config is None else dataclasses.asdict(config)
+    row = {"kind": kind, "m": m, "n": n, "k": k, "impl": "expand + library" if config is None else "kernel"}
+    return row | {f"config_{name}": of_config[name] for name in names} | {"us": round(us, 3), "rel_err": error}
 
 
 if __name__ == "__main__":

@@ -139,10 +139,7 @@ class Named:
 
 def products(family: str) -> list[Named]:
     """The build of every configuration in a family's table, with K a multiple of the step."""
-    return [
-        _named(ops.launcher(config), kind, _matmul_arguments(kind, config))
-        for kind, config in choice.configurations(family)
-    ]
+    return [_named(ops.launcher(config), kind, product(kind, config)) for kind, config in choice.configurations(family)]
 
 
 def builds() -> list[Named]:
@@ -181,9 +178,11 @@ def _weight(n: int, k: int) -> tuple[Tensor, Tensor]:
     return _meta(*tiles, 32, 4, dtype=torch.int32), _meta(*tiles, 8, 2, dtype=torch.int32)
 
 
-def _matmul_arguments(kind: str, config: matmul.Config) -> dict[str, Any]:
-    # Long enough for FP8 sums to be taken out of the tensor core on the way, where K is not split.
-    m, n, k = config.m, 16 * config.n, 32 * config.slices * config.k
+def product(kind: str, config: matmul.Config, k: int | None = None) -> dict[str, Any]:
+    """What a launcher takes, on ``meta`` tensors. By default K is long enough for FP8 sums to be taken out of the
+    tensor core on the way, where it is not split.
+    """
+    m, n, k = config.m, 16 * config.n, k or 32 * config.slices * config.k
     words, scales = _weight(n, k)
     return {
         "x": _meta(m, k, dtype=DTYPES[kind]),
