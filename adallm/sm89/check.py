@@ -69,13 +69,22 @@ class Operands:
 
     def relative_error(self, out: Tensor) -> float:
         """``|out - x w^T| / |x w^T|``, with the product in FP32, never TF32."""
-        torch.backends.cuda.matmul.allow_tf32 = False
         m = len(self.x)
         rows = torch.linspace(0, m - 1, min(m, _SAMPLE), device=out.device).round().long()
         # Eight bits have no indexing.
         x = self.x.float()[rows]
-        expected = (x if self.x_scale is None else x * self.x_scale[rows, None]) @ self.dense.T
+        expected = product(x if self.x_scale is None else x * self.x_scale[rows, None], self.dense)
         return float((out[rows].float() - expected).norm() / expected.norm())
+
+
+def product(x: Tensor, w: Tensor) -> Tensor:
+    """``x @ w.T`` in FP32, never TF32."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        return x @ w.T
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def runs(operands: Operands, config: Config) -> dict[str, tuple[Tensor, list[Callable[[], None]]]]:
