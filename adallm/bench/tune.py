@@ -40,7 +40,8 @@ def candidates(kind: str, gpu: GPU, m: int, n: int, k: int) -> list[Config | Non
     for family, table in choice.TABLES.items():
         if family == "sm_90" and gpu.family != "sm_90":
             continue
-        for config in (c for row in table.get(kind, ()) for c in row.configs if c.m <= max(2 * m, 8)):
+        suited = (c for row in table.get(kind, ()) for c in row.configs if min(m, 512) // 16 <= c.m <= max(2 * m, 8))
+        for config in suited:
             splits = range(1, choice.most_splits(config, m, n, k) + 1)
             split = [dataclasses.replace(config, splits=number) for number in splits]
             found += [config for config in split if config.takes(k)]
