@@ -1,0 +1,67 @@
+"""compute-sanitizer over the kernels: one launch of each kind, small, with edges in M, N and K."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+TOOL = shutil.which("compute-sanitizer")
+
+# Inputs are made on the CPU, so that little but the kernels runs under the tool.
+LAUNCHES = """
+import dataclasses
+import torch
+from adallm import nvfp4
+from adallm.kernels import choice, layout, ops
+from adallm.kernels.expand import expand
+from adallm.kernels.quantize import quantize_tokens
+
+torch.manual_seed(0)
+found = {}
+for family in {torch.cuda.get_device_capability() == (9, 0) and "sm_90", "sm_89"} - {False}:
+    for kind in ("bf16", "fp8"):
+        for config in (config for row in choice.TABLES[family][kind] for config in row.configs):
+            same = kind, config.overlap, config.slices > 1, config.m, config.m >= 128 and config.n, config.splits > 1
+            found.setdefault(same, (kind, config))
+for kind, config in found.values():
+    config = dataclasses.replace(config, splits=min(config.splits, 2))
+    m, n = config.m + 3, config.n + 16
+    k = 2 * config.step * config.splits + (0 if config.overlap else 16)
+    weight = nvfp4.quantize(torch.randn(n, k).mul_(0.02))
+    p = layout.from_checkpoint(weight, fp8=kind == "fp8")
+    x = torch.randn(m, k).bfloat16()
+    data, x_scale = (x.cuda(), None) if kind == "bf16" else quantize_tokens(x.cuda())
+    out = torch.full((m, n), float("nan"), dtype=torch.bfloat16).cuda()
+    arrivals = torch.zeros(choice.MAX_SPLIT_TILES, dtype=torch.int32).cuda()
+    words, scales, row_scale = p.words.cuda(), p.scales.cuda(), p.row_scale.cuda()
+    ops.launcher(config)(data, words, scales, row_scale, out, config, x_scale=x_scale, arrivals=arrivals)
+    expected = x.float() @ nvfp4.dequantize(weight).T
+    error = float((out.cpu().float() - expected).norm() / expected.norm())
+    assert error < (4e-3 if kind == "bf16" else 5e-2), (kind, config, error)
+    assert not arrivals.cpu().any()
+weight = nvfp4.quantize(torch.randn(80, 208))
+for dtype, k in ((torch.bfloat16, 208), (torch.float16, 208), (torch.float8_e4m3fn, 256)):
+    p = layout.from_checkpoint(weight, fp8=k == 256)
+    expand(p.words.cuda(), p.scales.cuda(), p.shift.cuda(), 80, k, dtype)
+for k in (208, 4112):
+    x = torch.randn(3, 2 * k).bfloat16().cuda()
+    quantize_tokens(x[:, :k])
+    quantize_tokens(x[:, :k], weight=torch.randn(k).bfloat16().cuda())
+    quantize_tokens(x, gated=True)
+torch.cuda.synchronize()
+print(len(found), "products")
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(TOOL is None, reason="needs compute-sanitizer")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
+def test_clean(tool, monkeypatch):
+    # Each tensor an allocation of its own, so that the tool knows where it ends.
+    monkeypatch.setenv("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
+    command = [TOOL, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", LAUNCHES]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert "products" in done.stdout
