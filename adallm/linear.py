@@ -19,6 +19,16 @@ from adallm.nvfp4 import INPUT_DTYPES, NVFP4Tensor, dequantize
 ACTIVATIONS = ("bf16", "fp8")
 
 
+def fp32_product(x: Tensor, w: Tensor) -> Tensor:
+    """``x @ w.T`` in FP32, never TF32: to compare with."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        return x @ w.T
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
 class ReferenceLinear(nn.Module):
     """``y = x @ w.T + bias`` in FP32 arithmetic, for weights in any format.
 
@@ -146,11 +156,7 @@ class NVFP4Linear(ReferenceLinear):
         if self.words is None:
             return "reference"
         config, _ = self._plan(m, dtype)
-        if config is None:
-            return "expand + library"
-        c = config
-        tile = f"n{c.n} m{c.m} k{c.k} slices{c.slices} splits{c.splits} warps{c.warps} stages{c.stages}"
-        return f"{tile} overlap" if c.overlap else tile
+        return "expand + library" if config is None else config.label
 
     def scratch_bytes(self, m: int, dtype: torch.dtype = torch.bfloat16) -> int:
         """Bytes that a call with ``m`` tokens allocates on a GPU beside its output, freed when it returns."""

@@ -55,8 +55,8 @@ def test_an_overlapping_configuration_takes_its_k(kind, m):
         assert config.takes(k)
         assert not config.overlap
     step = Config(64, 64, 128, 1, 3, 4, 4, True)
-    assert step.takes(768)
-    assert not step.takes(512)
+    assert step.takes(768, step.splits)
+    assert not step.takes(512, step.splits)
     assert not step.takes(896)
 
 

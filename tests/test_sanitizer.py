@@ -19,8 +19,9 @@ from adallm.kernels.quantize import quantize_tokens
 
 torch.manual_seed(0)
 found = {}
-for family in {torch.cuda.get_device_capability() == (9, 0) and "sm_90", "sm_89"} - {False}:
-    for kind in ("bf16", "fp8"):
+here = choice.gpu(0).family
+for family in ("sm_90", "sm_89") if here == "sm_90" else (here,):
+    for kind in choice.TABLES[family].keys() & {"bf16", "fp8"}:
         for config in (config for row in choice.TABLES[family][kind] for config in row.configs):
             same = kind, config.overlap, config.slices > 1, config.m, config.m >= 128 and config.n, config.splits > 1
             found.setdefault(same, (kind, config))

@@ -243,7 +243,7 @@ def compare(operands: check.Operands, config: Config) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["bf16", "fp16", "fp8"])
 def test_sm89_ptx_of_the_expansion_and_the_quantizer(kind):
-    p = check.Operands.random("bf16", 1, 208, 704).packed[0]
+    p = check.Operands.random(kind, 1, 208, 704).packed[0]
     given = (p.words, p.scales, p.shift, p.n, p.k, build.DTYPES[kind])
     assert torch.equal(driver.run(expand, *given).float(), expand(*given).float())
     x = torch.randn(5, 2048, dtype=build.DTYPES["bf16" if kind == "fp8" else kind], device="cuda")

@@ -14,7 +14,7 @@ from adallm import nvfp4
 from adallm.bench._linear_summary import OURS
 from adallm.bench._peers import NVFP4_BITS, PEERS, Copies, Prepared, Weight
 from adallm.bench._timing import WARM_UP, copies, median_and_spread, replays
-from adallm.linear import NVFP4Linear
+from adallm.linear import NVFP4Linear, fp32_product
 
 SEED = 0
 SAMPLE = 512  # rows that are compared, where M is larger
@@ -138,8 +138,6 @@ class Measurer:
         Every copy runs, so that nothing is compiled or allocated for the first time while a graph records.
         """
         m, n = x.shape[0], self._weight.n
-        from adallm.sm89.check import product
-
         rows = torch.linspace(0, m - 1, min(m, SAMPLE), device=x.device).round().long()
         outputs = []
         for i, call in enumerate(prepared.calls):
@@ -148,12 +146,12 @@ class Measurer:
                 raise WrongResultError(f"the output is {out.dtype} {list(out.shape)}, not bfloat16 {[m, n]}")
             if i in (0, len(prepared.calls) - 1):
                 outputs.append(out[rows].float())
-        errors = {"rel_err": _rel_err(outputs, product(x[rows].float(), self._weight.dense))}
+        errors = {"rel_err": _rel_err(outputs, fp32_product(x[rows].float(), self._weight.dense))}
         limits = {"rel_err": LIMITS.get(impl, PEER_LIMIT)}
         if impl == "adallm-w4a8":
             if self._operand is None:
                 self._operand = fp8_weight(self._weight.nvfp4)
-            errors["rel_err_operands"] = _rel_err(outputs, product(fp8_tokens(x[rows]), self._operand))
+            errors["rel_err_operands"] = _rel_err(outputs, fp32_product(fp8_tokens(x[rows]), self._operand))
             limits["rel_err_operands"] = OPERANDS_LIMIT
         for name, limit in limits.items():
             if not errors[name] < float("inf"):

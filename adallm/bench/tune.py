@@ -31,6 +31,7 @@ from adallm.sm89 import build
 from adallm.sm89.check import LIMIT, SEED, Operands
 
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+_PROCESSES = 8
 QWEN3_8B = ((6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288))
 
 
@@ -43,8 +44,7 @@ def candidates(kind: str, gpu: GPU, m: int, n: int, k: int) -> list[Config | Non
         suited = (c for row in table.get(kind, ()) for c in row.configs if min(m, 512) // 16 <= c.m <= max(2 * m, 8))
         for config in suited:
             splits = range(1, choice.most_splits(config, m, n, k) + 1)
-            split = [dataclasses.replace(config, splits=number) for number in splits]
-            found += [config for config in split if config.takes(k)]
+            found += [dataclasses.replace(config, splits=number) for number in splits if config.takes(k)]
     return list(dict.fromkeys(found))
 
 
@@ -61,14 +61,16 @@ def call(operands: Operands, index: int, config: Config | None, out: torch.Tenso
 
 
 def compile_all(cases: Iterable[tuple[str, Config | None, int]]) -> int:
-    """Compile the kernels of (kind, configuration, K), with all cores; Triton keeps them on disk. Returns how many."""
+    """Compile the kernels of (kind, configuration, K), in several processes, which take some memory of the GPU each;
+    Triton keeps them on disk. Returns how many.
+    """
     different = {}
     for kind, config, k in cases:
         if config is not None:
             one = dataclasses.replace(config, splits=min(config.splits, 2))
             whole = k % (config.slices * config.k) == 0
             different[kind, one, whole, matmul.promote(config, k) if kind == "fp8" else 0] = kind, config, k
-    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+    with multiprocessing.get_context("spawn").Pool(min(os.cpu_count() or 1, _PROCESSES)) as pool:
         pool.map(_compile, different.values(), chunksize=1)
     return len(different)
 
@@ -159,16 +161,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     table = dict(choice.tuned(gpu.slug))
     products = list(itertools.product(kinds, dict.fromkeys(shapes or QWEN3_8B)))
     tokens = sorted(set(options.m))
-    every = [
-        (kind, config, k) for kind, (n, k) in products for m in tokens for config in candidates(kind, gpu, m, n, k)
-    ]
+    tried = {(kind, m, n, k): candidates(kind, gpu, m, n, k) for kind, (n, k) in products for m in tokens}
+    every = [(kind, config, k) for (kind, _, _, k), configs in tried.items() for config in configs]
     print(f"{compile_all(every)} kernels for {len(every)} times", flush=True)
     record = []
     for kind, (n, k) in products:
         operands = Operands.random(kind, max(options.m), n, k, copies=copies)
         rows = []
         for m in tokens:
-            found = timed(operands.first(m), candidates(kind, gpu, m, n, k), repeats=options.repeats, time=graph_us)
+            found = timed(operands.first(m), tried[kind, m, n, k], repeats=options.repeats, time=graph_us)
             record += [_row(kind, m, n, k, *of_one) for of_one in found]
             config, us, _ = min(found, key=lambda of_one: of_one[1])
             rows.append(Row(m, () if config is None else (config,)))

@@ -8,9 +8,11 @@ until it has three. In rows for more tokens each configuration has times, and wh
 
     waves * us * K / (4096 * splits) + what adding up the splits takes, waves = ceil(blocks * splits / multiprocessors)
 
-"sm_90" comes from times on an H100. "sm_89" was chosen without an Ada card, among configurations that compile without
-spills into the 99 KB of shared memory that every GPU from sm_80 on has; it serves unknown ones too. ``adallm bench
-tune`` measures the GPU at hand; what it writes into the user's cache directory goes before the table.
+"sm_90" comes from times on an H100 (``results/tune``), rounded medians over layers; those of FP8 are of weights made in
+another way than today. The last configuration of each row with times, which serves a K that the others do not take, was
+not timed. "sm_89" was chosen without an Ada card, among configurations that compile without spills into the 99 KB of
+shared memory that every GPU from sm_80 on has; it serves unknown ones too. ``adallm bench tune`` measures the GPU at
+hand; what it writes into the user's cache directory goes before the table.
 """
 
 from __future__ import annotations
@@ -54,6 +56,11 @@ class Row:
 ANY = 1 << 62
 
 # fmt: off
+_MANY_16 = (Config(128, 256, 64,  1, 2, 8, 4, True), Config(128, 128, 64, 1, 2, 8, 4, True),
+            Config(64,  128, 64,  1, 2, 4, 4, True), Config(128, 256, 64, 1, 2, 8, 3))
+_MANY_8 = (Config(128, 256, 128, 1, 2, 8, 3, True), Config(128, 128, 128, 1, 2, 8, 4, True),
+           Config(64,  128, 128, 1, 2, 4, 4, True), Config(128, 256, 128, 1, 2, 8, 4))
+_MANY_8_US = ((31.5, 33.2), (23.0, 22.3), (16.0, 11.0), (42.5, 42.5))
 _SM_90_16 = (
     #            n    m    k  slices splits warps stages overlap, and us of a block alone and of one in company
     Row(8,    (Config(64,  8,   256, 1, 1, 4, 3), Config(16, 8, 128, 4, 1, 4, 4))),
@@ -68,12 +75,8 @@ _SM_90_16 = (
                Config(128, 128, 64,  1, 3, 8, 4, True), Config(128, 256, 64, 1, 2, 8, 4, True),
                Config(64,  128, 64,  1, 4, 4, 4)),
               ((22.9, 14.1), (17.5, 17.0), (26.5, 28.5), (42.5, 45.5), (26.0, 20.0))),
-    Row(512,  (Config(128, 256, 64,  1, 2, 8, 4, True), Config(128, 128, 64, 1, 2, 8, 4, True),
-               Config(64,  128, 64,  1, 2, 4, 4, True), Config(128, 256, 64, 1, 2, 8, 3)),
-              ((43.5, 45.0), (27.5, 27.3), (30.0, 14.4), (55.0, 55.0))),
-    Row(3072, (Config(128, 256, 64,  1, 2, 8, 4, True), Config(128, 128, 64, 1, 2, 8, 4, True),
-               Config(64,  128, 64,  1, 2, 4, 4, True), Config(128, 256, 64, 1, 2, 8, 3)),
-              ((43.5, 45.0), (27.5, 27.3), (30.0, 16.4), (55.0, 55.0))),
+    Row(512,  _MANY_16, ((43.5, 45.0), (27.5, 27.3), (30.0, 14.4), (55.0, 55.0))),
+    Row(3072, _MANY_16, ((43.5, 45.0), (27.5, 27.3), (30.0, 16.4), (55.0, 55.0))),
     Row(ANY,  ()),
 )
 _SM_90_8 = (
@@ -87,12 +90,8 @@ _SM_90_8 = (
     Row(256,  (Config(128, 256, 128, 1, 2, 8, 3, True), Config(128, 128, 128, 1, 2, 8, 4, True),
                Config(64,  128, 128, 1, 3, 4, 4, True), Config(64, 128, 128, 1, 4, 4, 4)),
               ((31.5, 34.5), (23.0, 23.5), (15.0, 11.4), (22.0, 17.5))),
-    Row(512,  (Config(128, 256, 128, 1, 2, 8, 3, True), Config(128, 128, 128, 1, 2, 8, 4, True),
-               Config(64,  128, 128, 1, 2, 4, 4, True), Config(128, 256, 128, 1, 2, 8, 4)),
-              ((31.5, 33.2), (23.0, 22.3), (16.0, 11.0), (42.5, 42.5))),
-    Row(2048, (Config(128, 256, 128, 1, 2, 8, 3, True), Config(128, 128, 128, 1, 2, 8, 4, True),
-               Config(64,  128, 128, 1, 2, 4, 4, True), Config(128, 256, 128, 1, 2, 8, 4)),
-              ((31.5, 33.2), (23.0, 22.3), (16.0, 11.0), (42.5, 42.5)), (0.60, 0.82)),
+    Row(512,  _MANY_8, _MANY_8_US),
+    Row(2048, _MANY_8, _MANY_8_US, (0.60, 0.82)),
     Row(ANY,  ()),
 )
 _SM_89_16 = (
@@ -178,7 +177,7 @@ def pick(row: Row, m: int, n: int, k: int, sms: int, *, library: bool = True) ->
         options = [
             (dataclasses.replace(config, splits=splits), us)
             for config, us in zip(row.configs, row.us, strict=True)
-            if dataclasses.replace(config, splits=1).takes(k)
+            if config.takes(k)
             for splits in range(1, most_splits(config, m, n, k) + 1)
         ]
         config, us = min(((c, _estimate(c, us, m, n, k, sms)) for c, us in options), key=lambda option: option[1])
@@ -187,7 +186,7 @@ def pick(row: Row, m: int, n: int, k: int, sms: int, *, library: bool = True) ->
         return config
     chosen = None
     for config in row.configs:
-        if not dataclasses.replace(config, splits=1).takes(k):
+        if not config.takes(k):
             continue
         count = blocks(config, m, n)
         splits = max(min(most_splits(config, m, n, k), _SPLIT_TO * sms // count), 1)

@@ -76,6 +76,11 @@ def fp8_values(p: Packed) -> Tensor:
 
     Returns:
         FP32 ``[n, K64]``, its columns in ``FP8_COLUMNS`` order.
+
+    Raises:
+        ValueError: a weight that is stored for 16-bit products.
     """
+    if not p.fp8:
+        raise ValueError("the weight is stored for 16-bit products; its FP8 values need one for FP8 products")
     weight = expand(p.words, p.scales, p.shift, p.n, padded(p.n, p.k)[1], torch.float8_e4m3fn)
     return weight.float().mul_(p.row_scale[:, None] * VALUE_POWER.value)

@@ -8,7 +8,6 @@ each with registers of its own: while one multiplies, the weights of the other a
 
 from __future__ import annotations
 
-import torch
 import triton
 from torch import Tensor
 from triton.experimental import gluon
@@ -17,9 +16,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_init, warpgroup_mma_wait
 
 from adallm.kernels import dequant, matmul
-from adallm.kernels.expand import KINDS
-from adallm.kernels.layout import TILE_K, TILE_N
-from adallm.kernels.matmul import GROUP, Config, blocks, promote
+from adallm.kernels.matmul import Config, arguments, constants, grid, promote
 
 _ASM_BF16 = gl.constexpr(dequant._ASM_BF16.value)
 _ASM_FP16 = gl.constexpr(dequant._ASM_FP16.value)
@@ -46,15 +43,16 @@ def _bits(n):
 
 @triton.constexpr_function
 def _tile_layout(R, C, W):
-    """Of ``[R, C, g 8, t 4, kk 4, 2, 2, 2]``: warps share the tiles of 16 rows, lanes are ``4 g + t``."""
+    """Of ``[R, C, g 8, t 2 x 2, word 4, 2, 2, 2]``: warps share the tiles of 16 rows, lanes are ``4 g + t``."""
 
     def unit(axis, value):
-        return [value if a == axis else 0 for a in range(8)]
+        return [value if a == axis else 0 for a in range(9)]
 
-    registers = [unit(7, 1), unit(6, 1), unit(5, 1), unit(4, 1), unit(4, 2)]
+    registers = [unit(8, 1), unit(7, 1), unit(6, 1), unit(5, 1), unit(5, 2)]
     registers += [unit(1, b) for b in _bits(C)] + [unit(0, b * W) for b in _bits(max(R // W, 1))]
-    lanes = [unit(3, 1), unit(3, 2), unit(2, 1), unit(2, 2), unit(2, 4)]
-    return gl.DistributedLinearLayout(registers, lanes, [unit(0, b) for b in _bits(W)], [], [R, C, 8, 4, 4, 2, 2, 2])
+    lanes = [unit(4, 1), unit(3, 1), unit(2, 1), unit(2, 2), unit(2, 4)]
+    shape = [R, C, 8, 2, 2, 4, 2, 2, 2]
+    return gl.DistributedLinearLayout(registers, lanes, [unit(0, b) for b in _bits(W)], [], shape)
 
 
 @triton.constexpr_function
@@ -73,40 +71,25 @@ def _scale_layout(R, C, W, KIND):
 
 
 @triton.constexpr_function
-def _table_layout(R, C, W):
-    """``_tile_layout`` with ``t`` as ``[2, 2]``."""
-
-    def unit(axis, value):
-        return [value if a == axis else 0 for a in range(9)]
-
-    registers = [unit(8, 1), unit(7, 1), unit(6, 1), unit(5, 1), unit(5, 2)]
-    registers += [unit(1, b) for b in _bits(C)] + [unit(0, b * W) for b in _bits(max(R // W, 1))]
-    lanes = [unit(4, 1), unit(3, 1), unit(2, 1), unit(2, 2), unit(2, 4)]
-    shape = [R, C, 8, 2, 2, 4, 2, 2, 2]
-    return gl.DistributedLinearLayout(registers, lanes, [unit(0, b) for b in _bits(W)], [], shape)
-
-
-@triton.constexpr_function
-def _along(layout, axis, rank):
-    """Of the only axis that is left."""
-    for other in (*range(rank - 1, axis, -1), *range(axis - 1, -1, -1)):
+def _along(layout, axis):
+    """Of ``_tile_layout``, along one axis."""
+    for other in (*range(8, axis, -1), *range(axis - 1, -1, -1)):
         layout = gl.SliceLayout(other, layout)
     return layout
 
 
 @gluon.jit
 def _weights(words, scales, R: gl.constexpr, C: gl.constexpr, W: gl.constexpr, KIND: gl.constexpr, MMA: gl.constexpr):
-    """``dequant.operand`` of tiles in shared memory; the conversions cost nothing, which the compiler asserts."""
+    """``dequant.operand`` of tiles in shared memory. The compiler asserts that no value moves to be a fragment."""
     tile: gl.constexpr = _tile_layout(R, C, W)
-    word = gl.convert_layout(words.load(_word_layout(R, C, W)).reshape([R, C, 8, 4, 4, 1, 1, 1]), tile)
-    full = gl.zeros([R, C, 8, 4, 4, 2, 2, 2], gl.int32, tile)
+    word = gl.convert_layout(words.load(_word_layout(R, C, W)).reshape([R, C, 8, 2, 2, 4, 1, 1, 1]), tile)
+    full = gl.zeros([R, C, 8, 2, 2, 4, 2, 2, 2], gl.int32, tile)
     word, _ = gl.broadcast(word, full)
     scale = scales.load(_scale_layout(R, C, W, KIND))
     if KIND == "fp8":
-        pairs: gl.constexpr = _table_layout(R, C, W)
-        scale = gl.convert_layout(scale.reshape([R, C, 8, 2, 1, 1, 1, 1, 1]), pairs)
-        t = gl.arange(0, 2, layout=_along(pairs, 4, 9))[None, None, None, None, :, None, None, None, None]
-        rh = gl.arange(0, 2, layout=_along(pairs, 6, 9))[None, None, None, None, None, None, :, None, None]
+        scale = gl.convert_layout(scale.reshape([R, C, 8, 2, 1, 1, 1, 1, 1]), tile)
+        t = gl.arange(0, 2, layout=_along(tile, 4))[None, None, None, None, :, None, None, None, None]
+        rh = gl.arange(0, 2, layout=_along(tile, 6))[None, None, None, None, None, None, :, None, None]
         t, rh = gl.broadcast(t, rh)
         scale, byte = gl.broadcast(scale, 2 * t + rh)
         low, high = gl.inline_asm_elementwise(
@@ -117,20 +100,18 @@ def _weights(words, scales, R: gl.constexpr, C: gl.constexpr, W: gl.constexpr, K
             is_pure=True,
             pack=1,
         )
-        low, _ = gl.broadcast(gl.convert_layout(low.reshape([R, C, 8, 4, 1, 2, 1, 1]), tile, assert_trivial=True), full)
-        high, _ = gl.broadcast(
-            gl.convert_layout(high.reshape([R, C, 8, 4, 1, 2, 1, 1]), tile, assert_trivial=True), full
-        )
+        low, _ = gl.broadcast(low, full)
+        high, _ = gl.broadcast(high, full)
         v = gl.inline_asm_elementwise(_ASM_8, _OUT_8, [word, low, high], dtype=gl.float8e4nv, is_pure=True, pack=8)
     else:
-        scale = gl.convert_layout(scale.reshape([R, C, 8, 1, 1, 1, 2, 1]), tile)
+        scale = gl.convert_layout(scale.reshape([R, C, 8, 1, 1, 1, 1, 2, 1]), tile)
         if KIND == "bf16":
             even = gl.inline_asm_elementwise(_ASM_EVEN, "=r,r", [scale], dtype=gl.int32, is_pure=True, pack=1)
             odd = gl.inline_asm_elementwise(_ASM_ODD, "=r,r", [scale], dtype=gl.int32, is_pure=True, pack=1)
         else:
             even = (scale << 7) & 0x7F807F80
             odd = (scale >> 1) & 0x7F807F80
-        kk = gl.arange(0, 4, layout=_along(tile, 4, 8))[None, None, None, None, :, None, None, None]
+        kk = gl.arange(0, 4, layout=_along(tile, 5))[None, None, None, None, None, :, None, None, None]
         two = gl.where(kk % 2 == 0, even, odd)
         low = gl.inline_asm_elementwise(_LOW, "=r,r", [two], dtype=gl.int32, is_pure=True, pack=1)
         high = gl.inline_asm_elementwise(_HIGH, "=r,r", [two], dtype=gl.int32, is_pure=True, pack=1)
@@ -139,7 +120,7 @@ def _weights(words, scales, R: gl.constexpr, C: gl.constexpr, W: gl.constexpr, K
             v = gl.inline_asm_elementwise(_ASM_BF16, _OUT_16, [word, scale], dtype=gl.bfloat16, is_pure=True, pack=8)
         else:
             v = gl.inline_asm_elementwise(_ASM_FP16, _OUT_16, [word, scale], dtype=gl.float16, is_pure=True, pack=8)
-    v = v.permute([0, 5, 2, 1, 4, 3, 6, 7] if KIND == "fp8" else [0, 6, 2, 1, 4, 5, 3, 7])
+    v = v.permute([0, 6, 2, 1, 5, 3, 4, 7, 8] if KIND == "fp8" else [0, 7, 2, 1, 5, 6, 3, 4, 8])
     fragment: gl.constexpr = gl.DotOperandLayout(0, MMA, 4 if KIND == "fp8" else 2)
     return gl.convert_layout(v.reshape([R * 16, C * 64]), fragment, assert_trivial=True)
 
@@ -324,35 +305,13 @@ def launch(
     Raises:
         ValueError: K that is not two steps, or a multiple, for each split.
     """
-    m, k = x.shape
-    n = out.shape[1]
-    if not config.takes(k):
+    k = x.shape[1]
+    if not config.takes(k, config.splits):
         raise ValueError(f"K is {k}; {config} takes a multiple of {config.step}, from {config.splits} times that up")
-    split = config.splits > 1
-    partial = torch.empty(config.splits * m * n, dtype=torch.float32, device=x.device) if split else None
-    nvfp4_matmul_hopper[(blocks(config, m, n), config.splits)](
-        x,
-        words,
-        scales,
-        row_scale,
-        x_scale,
-        bias,
-        out,
-        partial,
-        arrivals,
-        m,
-        n,
-        k,
-        x.stride(0),
-        out.stride(0),
-        config.splits,
-        R=config.n // TILE_N,
-        BM=config.m,
-        C=config.k // TILE_K,
+    nvfp4_matmul_hopper[grid(config, out)](
+        *arguments(x, words, scales, row_scale, out, config, x_scale, bias, arrivals),
+        **constants(config, x),
         STAGES=config.stages,
-        SPLIT=split,
         PROMOTE=promote(config, k) if x_scale is not None else 0,
-        GROUP=GROUP,
-        KIND=KINDS[x.dtype],
         num_warps=config.warps,
     )

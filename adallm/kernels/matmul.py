@@ -12,6 +12,7 @@ that comes last adds them in order, so that the result does not depend on who th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -52,9 +53,15 @@ class Config:
         """Columns that a split has a multiple of."""
         return self.slices * self.k * (2 if self.overlap else 1)
 
-    def takes(self, k: int) -> bool:
-        """Whether the kernel has K columns for every split, and handles what is left of them."""
-        return not self.overlap or (k % self.step == 0 and k >= self.splits * self.step)
+    @property
+    def label(self) -> str:
+        """``"n64 m8 k64 slices4 splits1 warps4 stages3"``, with ``overlap`` behind it where that is."""
+        numbers = {name: value for name, value in vars(self).items() if name != "overlap"}
+        return " ".join(f"{name}{value}" for name, value in numbers.items()) + " overlap" * self.overlap
+
+    def takes(self, k: int, splits: int = 1) -> bool:
+        """Whether the kernel handles K columns in so many splits."""
+        return not self.overlap or (k % self.step == 0 and k >= splits * self.step)
 
 
 # A sum of E4M3 products is at most 448 * 21 * K, and times this within FP16 up to K of 400,000.
@@ -181,8 +188,8 @@ def nvfp4_matmul(
                 acc = _finished(acc)
         else:
             acc = tl.dot(weight, tokens.to(tl.float32), acc, input_precision="ieee")
-        # The FP8 tensor core of Hopper keeps about 14 bits of a running sum: from time to time it begins anew. What it
-        # had waits as pairs of FP16, since FP32 would not fit the registers.
+        # The FP8 tensor core of Hopper keeps about 14 bits of a running sum (arXiv 2412.19437, 3.3.2): from time to
+        # time it begins anew. What it had waits as pairs of FP16, since FP32 would not fit the registers.
         if PROMOTE:  # noqa: SIM102 - a constant and a value: the compiler must see the first alone
             if (step - first) % PROMOTE == PROMOTE - 1:
                 earlier = _pack(acc + _unpack(earlier, R, BM), R, BM)
@@ -233,6 +240,35 @@ def promote(config: Config, k: int) -> int:
     return PROMOTE_COLUMNS // (config.slices * config.k) if columns > PROMOTE_COLUMNS else 0
 
 
+def grid(config: Config, out: Tensor) -> tuple[int, int]:
+    return blocks(config, *out.shape), config.splits
+
+
+def arguments(
+    x: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    row_scale: Tensor,
+    out: Tensor,
+    config: Config,
+    x_scale: Tensor | None,
+    bias: Tensor | None,
+    arrivals: Tensor | None,
+) -> tuple[Any, ...]:
+    """What this module's kernel and ``hopper.py``'s take, with a workspace for split tiles."""
+    (m, k), n, partial = x.shape, out.shape[1], None
+    if config.splits > 1:
+        partial = torch.empty(config.splits * m * n, dtype=torch.float32, device=x.device)
+    tensors = (x, words, scales, row_scale, x_scale, bias, out, partial, arrivals)
+    return *tensors, m, n, k, x.stride(0), out.stride(0), config.splits
+
+
+def constants(config: Config, x: Tensor) -> dict[str, Any]:
+    """Those that both kernels have."""
+    tile = {"R": config.n // TILE_N, "BM": config.m, "C": config.k // TILE_K}
+    return tile | {"SPLIT": config.splits > 1, "GROUP": GROUP, "KIND": KINDS[x.dtype]}
+
+
 def launch(
     x: Tensor,
     words: Tensor,
@@ -254,38 +290,14 @@ def launch(
         x_scale: float32 ``[M]``, with float8_e4m3fn.
         arrivals: int32, at least ``blocks(config, M, N)`` zeros, where ``config.splits`` is above 1; zero again after.
     """
-    m, k = x.shape
-    n = out.shape[1]
-    step = config.slices * config.k
+    k = x.shape[1]
     fast = x.device.type != "cpu"
-    partial = None
-    if config.splits > 1:
-        partial = torch.empty(config.splits * m * n, dtype=torch.float32, device=x.device)
-    kernel = nvfp4_matmul[(blocks(config, m, n), config.splits)](
-        x,
-        words,
-        scales,
-        row_scale,
-        x_scale,
-        bias,
-        out,
-        partial,
-        arrivals,
-        m,
-        n,
-        k,
-        x.stride(0),
-        out.stride(0),
-        config.splits,
-        R=config.n // TILE_N,
-        BM=config.m,
-        C=config.k // TILE_K,
+    kernel = nvfp4_matmul[grid(config, out)](
+        *arguments(x, words, scales, row_scale, out, config, x_scale, bias, arrivals),
+        **constants(config, x),
         SLICES=config.slices,
-        SPLIT=config.splits > 1,
         PROMOTE=promote(config, k) if fast and x_scale is not None else 0,
-        GROUP=GROUP,
-        EVEN_K=k % step == 0,
-        KIND=KINDS[x.dtype],
+        EVEN_K=k % (config.slices * config.k) == 0,
         FAST=fast,
         num_warps=config.warps,
         num_stages=config.stages,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adallm.kernels import choice, matmul
+from adallm.kernels import choice, hopper, matmul
 from adallm.kernels.dequant import VALUE_POWER
 from adallm.kernels.expand import KINDS, expand
 from adallm.kernels.layout import TILE_K, TILE_N, padded
@@ -52,11 +52,7 @@ def scratch_bytes(config: Config | None, m: int, n: int, k: int, kind: str) -> i
 
 def launcher(config: Config) -> Callable[..., None]:
     """``matmul.launch`` or, for a configuration with ``overlap``, ``hopper.launch``."""
-    if not config.overlap:
-        return matmul.launch
-    from adallm.kernels import hopper
-
-    return hopper.launch
+    return hopper.launch if config.overlap else matmul.launch
 
 
 def _linear(

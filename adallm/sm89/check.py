@@ -14,6 +14,7 @@ from adallm.kernels import layout, matmul
 from adallm.kernels.expand import fp8_values
 from adallm.kernels.matmul import Config
 from adallm.kernels.quantize import quantize_tokens
+from adallm.linear import fp32_product
 from adallm.sm89 import driver
 
 LIMIT = 2e-3  # relative error of a product
@@ -73,18 +74,8 @@ class Operands:
         rows = torch.linspace(0, m - 1, min(m, _SAMPLE), device=out.device).round().long()
         # Eight bits have no indexing.
         x = self.x.float()[rows]
-        expected = product(x if self.x_scale is None else x * self.x_scale[rows, None], self.dense)
+        expected = fp32_product(x if self.x_scale is None else x * self.x_scale[rows, None], self.dense)
         return float((out[rows].float() - expected).norm() / expected.norm())
-
-
-def product(x: Tensor, w: Tensor) -> Tensor:
-    """``x @ w.T`` in FP32, never TF32."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        return x @ w.T
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def runs(operands: Operands, config: Config) -> dict[str, tuple[Tensor, list[Callable[[], None]]]]:

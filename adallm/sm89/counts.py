@@ -72,7 +72,7 @@ class Counts:
         """``"n64 m8 k64 slices4 splits1 warps4 stages3"``, or the kind for a kernel without configurations."""
         if self.config is None:
             return self.kind
-        return " ".join(f"{name}{value}" for name, value in vars(self.config).items() if name != "overlap")
+        return self.config.label
 
 
 def count(named: Named) -> Counts:
