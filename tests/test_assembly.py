@@ -13,7 +13,10 @@ from adallm.formats import E2M1_VALUES
 from adallm.kernels import layout
 
 # The strings come from a process of their own, where Triton is not interpreted.
-STRINGS = "from adallm.kernels import dequant as d; print(d._ASM_TABLE.value, d._ASM_8.value, sep='\\0', end='')"
+STRINGS = """
+from adallm.kernels import dequant
+print(dequant._ASM_TABLE.value, dequant._ASM_8.value, dequant._ASM_FOURS.value, sep="\\0", end="")
+"""
 
 
 def _prmt(a, b, selector):
@@ -66,9 +69,8 @@ def run(text, **registers):
 def test_every_product_of_a_code_and_a_scale_byte():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", STRINGS]
-    table, values = subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout.split(
-        "\0"
-    )
+    text = subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
+    table, values, fours = text.split("\0")
     tables = []
     for byte in (0, *range(8, 31 << 3, 5)):
         scale = 0.0 if not byte else 2.0 ** ((byte >> 3) - layout.SCALE_BIAS) * (1 + (byte & 7) / 8)
@@ -85,9 +87,10 @@ def test_every_product_of_a_code_and_a_scale_byte():
         g, t = divmod(lane, 4)
         low, high = tables[lane % len(tables)], tables[(7 * lane + 3) % len(tables)]
         for i, word in enumerate(of_lane):
-            inputs = {"$2": word & 0xFFFFFFFF, "$10": low[0], "$18": low[1], "$14": high[0], "$22": high[1]}
-            out = run(values, **inputs)
-            for rh, (register, (*_, of)) in enumerate((("$0", low), ("$1", high))):
-                row = codes[g + 8 * rh, 16 * t + 4 * i : 16 * t + 4 * i + 4].tolist()
-                expected = [of[code & 7] | (code >> 3) << 7 for code in row]
-                assert [out[register] >> 8 * j & 0xFF for j in range(4)] == expected
+            halves = low[0], low[1], high[0], high[1]
+            for text, names in ((values, ("$10", "$18", "$14", "$22")), (fours, ("$3", "$4", "$5", "$6"))):
+                out = run(text, **{"$2": word & 0xFFFFFFFF}, **dict(zip(names, halves, strict=True)))
+                for rh, (register, (*_, of)) in enumerate((("$0", low), ("$1", high))):
+                    row = codes[g + 8 * rh, 16 * t + 4 * i : 16 * t + 4 * i + 4].tolist()
+                    expected = [of[code & 7] | (code >> 3) << 7 for code in row]
+                    assert [out[register] >> 8 * j & 0xFF for j in range(4)] == expected

@@ -1,5 +1,6 @@
 """The kernels against arithmetic in FP64: interpreted on a CPU, compiled on a GPU."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -25,6 +26,8 @@ CONFIGS = [
     Config(64, 32, 128, 1, 3, 4, 2),
     Config(128, 16, 64, 1, 2, 4, 3),
 ]
+# With one tile of 16 x 64 a warp, the compiler orders the registers of FP8 weights as ``check_registers`` must refuse.
+CONFIGS_8 = [dataclasses.replace(c, k=128) if c.n * c.k == 64 * 64 else c for c in CONFIGS if c.slices == 1]
 # Odd M, N and K that no tile divides, one token, less than a tile.
 SHAPES = [(1, 16, 16), (3, 48, 80), (17, 80, 208), (33, 144, 528)]
 
@@ -83,7 +86,7 @@ def test_w4a16_is_rounded_once(config, dtype):
     assert error(run(x, p, config), expected) <= (2e-3 if dtype == torch.bfloat16 else 3e-4)
 
 
-@pytest.mark.parametrize("config", [c for c in CONFIGS if c.slices == 1], ids=str)
+@pytest.mark.parametrize("config", CONFIGS_8, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_w4a8_against_the_same_operands(config, dtype):
     t, p = packed(80, 208, fp8=True)

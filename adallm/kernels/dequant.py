@@ -69,6 +69,18 @@ def _asm_16(kind: str, magnitude_bit: int, scales: tuple[int, int]) -> str:
     return "{ .reg .b32 a, z; mov.b32 z, 0x80008000;\n" + "\n".join(body).replace("$w", "$4") + " }"
 
 
+def _asm_8(*tables: int) -> str:
+    """A word in $2 -> the E4M3 values of its two rows, four in a register; ``tables``: the operands with both halves of
+    the table of the first row, then of the second.
+    """
+    low, high, low_8, high_8 = tables
+    return (
+        f"{{ .reg .b32 s, p; and.b32 s, $2, 0x77777777; prmt.b32 p, ${low}, ${high}, s;\n"
+        f"lop3.b32 $0, p, $2, 0x80808080, 0xF8; shr.u32 s, s, 16; prmt.b32 p, ${low_8}, ${high_8}, s;\n"
+        "shl.b32 s, $2, 4; lop3.b32 $1, p, s, 0x80808080, 0xF8; }"
+    )
+
+
 def _asm_table() -> str:
     """A word of scales in $2 and which byte of it in $3 -> the E4M3 products of that scale and the eight magnitudes."""
     body = ["prmt.b32 s, $2, 0, $3; shr.u32 s, s, 1;"]
@@ -89,11 +101,8 @@ _INPUTS, _OF_EIGHT = ",r" * 16, (12, 14)
 _ASM_BF16 = tl.constexpr(_asm_16("bf16x2", _BF16_BIT, _OF_EIGHT))
 _ASM_FP16 = tl.constexpr(_asm_16("f16x2", _FP16_BIT, _OF_EIGHT))
 # Eight copies of a word in $2, and of both halves of the tables of its rows, in the order (rh, j).
-_ASM_8 = tl.constexpr(
-    "{ .reg .b32 s, p; and.b32 s, $2, 0x77777777; prmt.b32 p, $10, $18, s;\n"
-    "lop3.b32 $0, p, $2, 0x80808080, 0xF8; shr.u32 s, s, 16; prmt.b32 p, $14, $22, s;\n"
-    "shl.b32 s, $2, 4; lop3.b32 $1, p, s, 0x80808080, 0xF8; }"
-)
+_ASM_8 = tl.constexpr(_asm_8(10, 18, 14, 22))
+_ASM_FOURS = tl.constexpr(_asm_8(3, 4, 5, 6))
 _ASM_TABLE = tl.constexpr(_asm_table())
 _ASM_E4M3 = tl.constexpr(
     "{ .reg .b16 a, b; cvt.rn.satfinite.e4m3x2.f32 a, $2, $1; cvt.rn.satfinite.e4m3x2.f32 b, $4, $3;\n"
@@ -198,6 +207,26 @@ def _table(scales, S: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
         is_pure=True,
         pack=1,
     )
+
+
+@triton.jit
+def fours(words, scales, R: tl.constexpr, C: tl.constexpr):
+    """The values of an FP8 product as int32 ``[16 R, 16 C]``, four E4M3 in each, in ``FP8_COLUMNS`` order and in any
+    layout: for what is stored rather than multiplied.
+    """
+    low, high = _table(scales, 1, R, C)
+    low, low_8 = tl.split(tl.reshape(low, [R, C, 8, 4, 1, 2]))
+    high, high_8 = tl.split(tl.reshape(high, [R, C, 8, 4, 1, 2]))
+    first, second = tl.inline_asm_elementwise(
+        _ASM_FOURS,
+        "=&r,=&r,r,r,r,r,r",
+        [tl.reshape(words, [R, C, 8, 4, 4]), low, high, low_8, high_8],
+        dtype=(tl.int32, tl.int32),
+        is_pure=True,
+        pack=1,
+    )
+    # [R, C, g, t, word, rh] -> [R, rh, g, C, word, t]
+    return tl.reshape(tl.permute(tl.join(first, second), [0, 5, 2, 1, 4, 3]), [R * 16, C * 16])
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adallm.kernels.dequant import VALUE_POWER, operand, to_dtype, to_e4m3, values
+from adallm.kernels.dequant import VALUE_POWER, fours, operand, to_dtype, to_e4m3, values
 from adallm.kernels.layout import Packed, padded
 
 KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float8_e4m3fn: "fp8"}
@@ -49,10 +49,14 @@ def nvfp4_expand(
     )
     n = tl.program_id(0) * (R * 16) + tl.arange(0, R * 16)
     k = first * 64 + tl.arange(0, C * 64)
-    if KIND == "fp8":
-        x = tl.reshape(operand(word, scale, 1, R, C, KIND, FAST), [R * 16, C * 64])
-        if not FAST:
-            x = to_e4m3(x, FAST)
+    if KIND == "fp8" and FAST:
+        # Four values at a time: K, which is a multiple of 64 here, and its columns are those of int32.
+        out = out.to(tl.pointer_type(tl.int32))
+        K //= 4
+        k = first * 16 + tl.arange(0, C * 16)
+        x = fours(word, scale, R, C)
+    elif KIND == "fp8":
+        x = to_e4m3(tl.reshape(operand(word, scale, 1, R, C, KIND, FAST), [R * 16, C * 64]), FAST)
     else:
         x = values(word, scale, R, C, KIND, FAST)
         exponent = 7 - tl.load(shift + n, mask=n < N, other=0).to(tl.int32)
