@@ -24,7 +24,8 @@ def test_candidates_suit_the_tokens_and_the_gpu():
     assert all(config.m <= 8 for config in few)
     many = tune.candidates("fp8", HOPPER, 4096, 4096, 12288)
     assert None in many
-    assert {config.splits for config in many if config} > {1}
+    assert {config.programs for config in many if config} == {0, 132, 264, 396}
+    assert {config.splits for config in tune.candidates("fp8", HOPPER, 8, 4096, 12288)} > {1}
     hopper = {config for row in choice.TABLES["sm_90"]["bf16"] for config in row.configs}
     ada = {config for row in choice.TABLES["sm_89"]["bf16"] for config in row.configs}
     tried = {dataclasses.replace(c, splits=1) for c in tune.candidates("bf16", ADA, 4096, 4096, 4096) if c}

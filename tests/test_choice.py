@@ -37,15 +37,6 @@ def test_a_row_of_times_takes_the_least():
     assert choice.pick(row, 8, 16 * 10, 4096, 10).n == 16
 
 
-def test_the_library_where_it_takes_less():
-    row = Row(8, (Config(16, 8, 64, 1, 1, 4, 3),), ((9.0, 9.0),), (0.0, 2000.0))
-    n = 16 * 10
-    assert choice.pick(row, 8, n, 4096, 10).n == 16  # 9 us against 21
-    row = dataclasses.replace(row, library=(0.0, 100.0))
-    assert choice.pick(row, 8, n, 4096, 10) is None
-    assert choice.pick(row, 8, n, 4096, 10, library=False).n == 16
-
-
 @pytest.mark.parametrize("kind", ["bf16", "fp8"])
 @pytest.mark.parametrize("m", [16, 64, 512])
 def test_an_overlapping_configuration_takes_its_k(kind, m):
@@ -58,6 +49,24 @@ def test_an_overlapping_configuration_takes_its_k(kind, m):
     assert step.takes(768, step.splits)
     assert not step.takes(512, step.splits)
     assert not step.takes(896)
+
+
+def test_tiles_that_do_not_fill_the_gpu_are_shared_evenly():
+    config = Config(64, 64, 64, 1, 1, 4, 4, True, 2)
+    row = Row(64, (config,), ((10.0, 10.0),))
+    assert choice.pick(row, 64, 64 * 132, 16384, 132) == dataclasses.replace(config, programs=0)
+    # 133 tiles take two waves one by one, and hardly more than one evenly.
+    assert choice.pick(row, 64, 64 * 133, 16384, 132).programs == 264
+    assert [c.programs for c in choice.shared(config, 64, 64 * 133, 128, 132)] == [0]
+    alone = dataclasses.replace(config, splits=3, programs=1)
+    assert [(c.splits, c.programs) for c in choice.shared(alone, 64, 64 * 80, 4096, 132)] == [
+        (1, 0),
+        (2, 0),
+        (3, 0),
+        (1, 132),
+    ]
+    # More tiles than multiprocessors are not split each.
+    assert [(c.splits, c.programs) for c in choice.shared(alone, 64, 64 * 133, 4096, 132)] == [(1, 0), (1, 132)]
 
 
 def test_no_fp8_before_sm_89():

@@ -121,6 +121,8 @@ OVERLAPPING = [
     Config(64, 64, 128, 1, 2, 4, 4, True),
     Config(128, 128, 64, 1, 4, 8, 4, True),
     Config(128, 256, 64, 1, 1, 8, 4, True),
+    Config(64, 16, 64, 1, 1, 4, 4, True, 3),
+    Config(128, 128, 64, 1, 1, 8, 4, True, 4),
 ]
 
 
@@ -247,6 +249,26 @@ def test_tokens_fused_with_rms_norm_and_with_silu(m, k):
         # Half a step of E4M3, and a little for a value that FP32 puts on the other side of a midpoint.
         assert bool(((data.double() - steps).abs() <= steps.abs() * (2**-4 + 1e-5) + 2**-10).all())
         assert error(data.double() * scale.double()[:, None], expected) <= 4e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_tokens_of_every_size_and_where_values_round(dtype):
+    exponents = torch.tensor([-140, -126, -100, -68, -60, -52, 0, 52, 60, 68, 100, 119], device=DEVICE)
+    if dtype == torch.bfloat16 and not CUDA:  # of which the interpreter has no subnormal values
+        exponents = exponents.clamp(min=-100)
+    # Multiples of steps and of halves of them, with the largest value of E4M3 in each row.
+    halves = torch.randint(-511, 512, (12, 512)) / torch.exp2(torch.randint(10, (12, 512)))
+    x = torch.cat([torch.randn(12, 256).mul(100), halves, torch.full((12, 16), 448.0)], 1).clamp(-448, 448)
+    x = torch.ldexp(x.double().to(DEVICE), exponents[:, None]).to(dtype)
+    data, scale = quantize_tokens(x, ordered=True)
+    expected = fp8.quantize(x, granularity="token")
+    assert torch.equal(scale, expected.scale.flatten())
+    assert torch.equal(data.float(), expected.data.float())
+    x[3, 7] = float("inf")
+    data = quantize_tokens(x, ordered=True)[0].float()
+    assert data[3, 7].isnan()
+    assert not data[3, :7].any()
+    assert torch.equal(data[[2, 4]], expected.data.float()[[2, 4]])
 
 
 def test_tokens_with_nan_and_without_any():

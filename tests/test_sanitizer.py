@@ -23,10 +23,12 @@ here = choice.gpu(0).family
 for family in ("sm_90", "sm_89") if here == "sm_90" else (here,):
     for kind in choice.TABLES[family].keys() & {"bf16", "fp8"}:
         for config in (config for row in choice.TABLES[family][kind] for config in row.configs):
-            same = kind, config.overlap, config.slices > 1, config.m, config.m >= 128 and config.n, config.splits > 1
-            found.setdefault(same, (kind, config))
+            tile = kind, config.overlap, config.slices > 1, config.m, config.m >= 128 and config.n
+            one = dataclasses.replace(config, splits=min(config.splits, 2), programs=0)
+            found.setdefault((*tile, one.splits), (kind, one))
+            if config.programs:
+                found.setdefault((*tile, "programs"), (kind, dataclasses.replace(config, splits=1, programs=3)))
 for kind, config in found.values():
-    config = dataclasses.replace(config, splits=min(config.splits, 2))
     m, n = config.m + 3, config.n + 16
     k = 2 * config.step * config.splits + (0 if config.overlap else 16)
     weight = nvfp4.quantize(torch.randn(n, k).mul_(0.02))

@@ -94,6 +94,16 @@ def test_main_loop_is_the_one_with_tensor_core_instructions():
     assert sass.main_loop(sass.instructions(LISTING.replace("HMMA", "FFMA"))) == []
 
 
+def test_what_a_loop_does_in_one_step_of_many_is_left_out():
+    over = LISTING.replace("LDSM.16.M88.4 R8, [R3] ;     ", "BRA 0x70 ;")
+    assert over != LISTING
+    assert len(sass.main_loop(sass.instructions(over))) == 5
+    loop = sass.main_loop(sass.instructions(over), rare=True)
+    assert [sass.opcode(body) for body in loop] == ["BRA", "HMMA", "BRA"]
+    past_the_product = LISTING.replace("LDSM.16.M88.4 R8, [R3] ;     ", "BRA 0x80 ;")
+    assert len(sass.main_loop(sass.instructions(past_the_product), rare=True)) == 5
+
+
 def test_spills():
     assert sass.spill_bytes(LISTING) == 0
     assert sass.spill_bytes(LISTING.replace("LDG.E R2", "LDL.LU.64 R2").replace("LOP3.LUT", "STL")) == 12

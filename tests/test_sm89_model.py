@@ -182,4 +182,12 @@ def test_label_names_every_field_of_the_configuration():
     c = made_up()
     assert c.label == "n64 m16 k64 slices4 splits1 warps4 stages3"
     # On Ada no product overlaps.
-    assert set(dataclasses.asdict(c.config)) - {"overlap"} == {"n", "m", "k", "slices", "splits", "warps", "stages"}
+    assert set(dataclasses.asdict(c.config)) - {"overlap", "programs"} == {
+        "n",
+        "m",
+        "k",
+        "slices",
+        "splits",
+        "warps",
+        "stages",
+    }

@@ -43,8 +43,8 @@ def candidates(kind: str, gpu: GPU, m: int, n: int, k: int) -> list[Config | Non
             continue
         suited = (c for row in table.get(kind, ()) for c in row.configs if min(m, 512) // 16 <= c.m <= max(2 * m, 8))
         for config in suited:
-            splits = range(1, choice.most_splits(config, m, n, k) + 1)
-            found += [dataclasses.replace(config, splits=number) for number in splits if config.takes(k)]
+            for programs in (1, 2, 3) if config.overlap else (0,):
+                found += choice.shared(dataclasses.replace(config, programs=programs), m, n, k, gpu.sms)
     return list(dict.fromkeys(found))
 
 
@@ -67,6 +67,7 @@ def compile_all(cases: Iterable[tuple[str, Config | None, int]]) -> int:
     different = {}
     for kind, config, k in cases:
         if config is not None:
+            config = dataclasses.replace(config, programs=min(config.programs, 1))
             one = dataclasses.replace(config, splits=min(config.splits, 2))
             whole = k % (config.slices * config.k) == 0
             different[kind, one, whole, matmul.promote(config, k) if kind == "fp8" else 0] = kind, config, k

@@ -2,17 +2,18 @@
 "fp16" or "fp8". Nothing else decides.
 
 A table is a list of rows; the first whose ``m`` is not below M applies. A row without a configuration is for a library:
-the weight is expanded into a scratch buffer in front of its matrix product. In rows for few tokens, which read memory
-most of the time, the first configuration that gives each multiprocessor one and a half blocks is taken, K being split
-until it has three. In rows for more tokens each configuration has times, and what takes the least is taken::
+the weight is expanded into a scratch buffer in front of its matrix product. In rows without times the first
+configuration that gives each multiprocessor one and a half blocks is taken, K being split until it has three. In rows
+with times, what takes the least is taken of each configuration, alone, split along K, and shared evenly, in us::
 
-    waves * us * K / (4096 * splits) + what adding up the splits takes, waves = ceil(blocks * splits / multiprocessors)
+    start + waves * us * K / (4096 * splits) + exchange, waves = ceil(blocks * splits / multiprocessors)
+    start + us * K / 4096 * blocks / multiprocessors + exchange, where programs share all blocks evenly
+    exchange = join + bytes / rate, of sums that are left to another block
 
-"sm_90" comes from times on an H100 (``results/tune``), rounded medians over layers; those of FP8 are of weights made in
-another way than today. The last configuration of each row with times, which serves a K that the others do not take, was
-not timed. "sm_89" was chosen without an Ada card, among configurations that compile without spills into the 99 KB of
-shared memory that every GPU from sm_80 on has; it serves unknown ones too. ``adallm bench tune`` measures the GPU at
-hand; what it writes into the user's cache directory goes before the table.
+"sm_90" was fitted to times on an H100 (``results/tune``); the last configuration of each row with times, which serves a
+K that the others do not take, was not timed. "sm_89" was chosen without an Ada card, among configurations that compile
+without spills into the 99 KB of shared memory that every GPU from sm_80 on has; it serves unknown ones too. ``adallm
+bench tune`` measures the GPU at hand; what it writes into the user's cache directory goes before the table.
 """
 
 from __future__ import annotations
@@ -25,15 +26,16 @@ from pathlib import Path
 
 import torch
 
-from adallm.kernels.matmul import Config, blocks
+from adallm.kernels.matmul import Config, blocks, workspace
 from adallm.results import slug
 
-# Blocks for each multiprocessor: at least, or the next configuration is tried; at most, by splitting K.
-_FILLED, _SPLIT_TO = 1.5, 3
+# Blocks for each multiprocessor: at least, or the next configuration is tried; at most by splitting K, in rows without
+# times and with them.
+_FILLED, _SPLIT_TO, _SPLIT_UNDER = 1.5, 3, 5
 # Output tiles that may be split, each of which has a counter.
 MAX_SPLIT_TILES = 4096
-# Splits cost a fixed time in us, and their FP32 sums are written and read at this many bytes a us.
-_SPLIT_US, _SPLIT_BYTES = 3.0, 1.6e6
+# us, us and bytes a us, written and read.
+_START, _JOIN, _RATE = 2.0, 2.0, 5e6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,55 +45,54 @@ class Row:
     Attributes:
         configs: from the largest tile to the smallest, ``splits`` being the most that are tried.
         us: for each, what a block over 4096 columns takes on a multiprocessor of its own, and what each takes of one
-            that several share; empty for few tokens.
-        library: where that is an option too, what it takes in us to expand 10^6 weights, and for 10^9 operations.
+            that several share.
     """
 
     m: int
     configs: tuple[Config, ...]
     us: tuple[tuple[float, float], ...] = ()
-    library: tuple[float, float] | None = None
 
 
 ANY = 1 << 62
 
 # fmt: off
-_MANY_16 = (Config(128, 256, 64,  1, 2, 8, 4, True), Config(128, 128, 64, 1, 2, 8, 4, True),
-            Config(64,  128, 64,  1, 2, 4, 4, True), Config(128, 256, 64, 1, 2, 8, 3))
-_MANY_8 = (Config(128, 256, 128, 1, 2, 8, 3, True), Config(128, 128, 128, 1, 2, 8, 4, True),
-           Config(64,  128, 128, 1, 2, 4, 4, True), Config(128, 256, 128, 1, 2, 8, 4))
-_MANY_8_US = ((31.5, 33.2), (23.0, 22.3), (16.0, 11.0), (42.5, 42.5))
+_MANY_16 = (Config(128, 256, 64,  1, 2, 8, 5, True, 1), Config(128, 128, 64, 1, 1, 8, 4, True),
+            Config(128, 256, 64,  1, 2, 8, 3)), ((44.0, 47.0), (28.0, 28.0), (55.0, 55.0))
 _SM_90_16 = (
-    #            n    m    k  slices splits warps stages overlap, and us of a block alone and of one in company
-    Row(8,    (Config(64,  8,   256, 1, 1, 4, 3), Config(16, 8, 128, 4, 1, 4, 4))),
-    Row(16,   (Config(64,  16,  128, 1, 4, 4, 5, True), Config(64, 16, 256, 1, 4, 4, 3))),
-    Row(32,   (Config(64,  32,  128, 1, 4, 4, 5, True), Config(64, 32, 128, 1, 4, 4, 4))),
-    Row(64,   (Config(64,  64,  64,  1, 2, 4, 5, True), Config(64, 64, 128, 1, 6, 4, 5, True),
-               Config(64,  64,  128, 1, 4, 4, 3)), ((16.0, 10.6), (13.0, 11.4), (20.0, 14.0))),
-    Row(128,  (Config(64,  128, 64,  1, 4, 4, 4, True), Config(64, 64, 128, 1, 4, 4, 5, True),
-               Config(64,  128, 128, 1, 4, 4, 4, True), Config(64, 128, 64, 1, 4, 4, 4)),
-              ((22.9, 14.3), (13.2, 9.7), (17.0, 17.8), (26.0, 20.0))),
-    Row(256,  (Config(64,  128, 64,  1, 3, 4, 4, True), Config(64, 128, 128, 1, 3, 4, 4, True),
-               Config(128, 128, 64,  1, 3, 8, 4, True), Config(128, 256, 64, 1, 2, 8, 4, True),
-               Config(64,  128, 64,  1, 4, 4, 4)),
-              ((22.9, 14.1), (17.5, 17.0), (26.5, 28.5), (42.5, 45.5), (26.0, 20.0))),
-    Row(512,  _MANY_16, ((43.5, 45.0), (27.5, 27.3), (30.0, 14.4), (55.0, 55.0))),
-    Row(3072, _MANY_16, ((43.5, 45.0), (27.5, 27.3), (30.0, 16.4), (55.0, 55.0))),
+    #            n    m    k  slices splits warps stages overlap programs, and us of a block alone and of one in company
+    Row(8,    (Config(64,  8,   256, 1, 1, 4, 3), Config(64, 8, 256, 1, 3, 4, 4), Config(16, 8, 128, 4, 2, 4, 4)),
+              ((9.0, 6.4), (7.7, 6.6), (4.5, 2.0))),
+    Row(16,   (Config(64,  16,  128, 1, 4, 4, 7, True, 3), Config(64, 16, 128, 1, 4, 4, 5, True, 3),
+               Config(64,  16,  256, 1, 4, 4, 3)), ((8.7, 7.7), (8.9, 7.6), (9.0, 9.0))),
+    Row(32,   (Config(64,  32,  128, 1, 4, 4, 5, True, 3), Config(64, 32, 128, 1, 4, 4, 4)),
+              ((9.6, 8.1), (14.0, 10.0))),
+    Row(64,   (Config(64,  64,  128, 1, 4, 4, 5, True, 2), Config(64, 64, 64, 1, 1, 4, 5, True, 3),
+               Config(64,  64,  128, 1, 4, 4, 3)), ((11.4, 10.5), (14.8, 10.8), (20.0, 14.0))),
+    Row(128,  (Config(128, 128, 64,  1, 4, 8, 6, True, 1), Config(64, 128, 128, 1, 2, 4, 4, True),
+               Config(64,  128, 64,  1, 4, 4, 4)), ((27.2, 29.6), (16.1, 19.6), (26.0, 20.0))),
+    Row(256,  (Config(128, 256, 64,  1, 4, 8, 5, True, 1), Config(128, 128, 64, 1, 2, 8, 4, True, 1),
+               Config(64,  128, 128, 1, 1, 4, 4, True), Config(64, 128, 64, 1, 4, 4, 4)),
+              ((45.2, 49.1), (27.2, 28.5), (16.3, 17.8), (26.0, 20.0))),
+    Row(3072, *_MANY_16),
     Row(ANY,  ()),
 )
 _SM_90_8 = (
-    Row(8,    (Config(64,  8,   256, 1, 4, 4, 4, True), Config(64, 8, 256, 1, 4, 4, 3))),
-    Row(16,   (Config(64,  16,  256, 1, 4, 4, 4, True), Config(64, 16, 256, 1, 4, 4, 3))),
-    Row(32,   (Config(64,  32,  128, 1, 4, 4, 5, True), Config(64, 32, 256, 1, 6, 4, 3))),
-    Row(64,   (Config(64,  64,  128, 1, 6, 4, 5, True), Config(64, 64, 256, 1, 4, 4, 4, True),
-               Config(64,  64,  256, 1, 4, 4, 3)), ((12.8, 8.9), (11.5, 9.9), (20.0, 14.0))),
-    Row(128,  (Config(64,  128, 128, 1, 4, 4, 4, True), Config(64, 64, 256, 1, 4, 4, 4, True),
-               Config(64,  128, 128, 1, 4, 4, 4)), ((14.7, 12.4), (11.5, 8.7), (22.0, 17.5))),
-    Row(256,  (Config(128, 256, 128, 1, 2, 8, 3, True), Config(128, 128, 128, 1, 2, 8, 4, True),
-               Config(64,  128, 128, 1, 3, 4, 4, True), Config(64, 128, 128, 1, 4, 4, 4)),
-              ((31.5, 34.5), (23.0, 23.5), (15.0, 11.4), (22.0, 17.5))),
-    Row(512,  _MANY_8, _MANY_8_US),
-    Row(2048, _MANY_8, _MANY_8_US, (0.60, 0.82)),
+    Row(8,    (Config(64,  8,   256, 1, 4, 4, 4, True, 2), Config(64, 8, 256, 1, 4, 4, 6, True, 2),
+               Config(64,  8,   256, 1, 4, 4, 3)), ((6.9, 7.2), (6.2, 7.3), (9.0, 9.0))),
+    Row(16,   (Config(64,  16,  256, 1, 4, 4, 4, True, 2), Config(64, 16, 256, 1, 4, 4, 6, True, 2),
+               Config(64,  16,  256, 1, 4, 4, 3)), ((7.0, 7.3), (6.5, 7.5), (9.0, 9.0))),
+    Row(32,   (Config(64,  32,  128, 1, 4, 4, 5, True, 3), Config(64, 32, 256, 1, 6, 4, 3)),
+              ((8.5, 7.5), (12.0, 10.0))),
+    Row(64,   (Config(64,  64,  128, 1, 4, 4, 5, True, 3), Config(64, 64, 256, 1, 3, 4, 4, True, 2),
+               Config(64,  64,  256, 1, 4, 4, 3)), ((9.3, 8.0), (8.4, 8.6), (20.0, 14.0))),
+    Row(128,  (Config(128, 128, 128, 1, 3, 8, 5, True, 1), Config(64, 128, 128, 1, 3, 4, 5, True, 1),
+               Config(64,  128, 128, 1, 4, 4, 4)), ((18.3, 20.7), (11.4, 12.2), (22.0, 17.5))),
+    Row(256,  (Config(128, 256, 64,  1, 4, 8, 6, True, 1), Config(64, 256, 128, 1, 2, 4, 4, True),
+               Config(64,  128, 128, 1, 4, 4, 4)), ((29.5, 32.2), (16.9, 19.1), (22.0, 17.5))),
+    Row(512,  (Config(128, 256, 64,  1, 2, 8, 6, True, 1), Config(64, 256, 128, 1, 1, 4, 4, True),
+               Config(128, 256, 128, 1, 2, 8, 4)), ((29.1, 30.5), (17.3, 17.9), (42.5, 42.5))),
+    Row(2048, (Config(128, 256, 128, 1, 1, 8, 3, True, 1), Config(128, 256, 64, 1, 1, 8, 6, True, 1),
+               Config(128, 256, 128, 1, 2, 8, 4)), ((29.5, 29.7), (30.1, 30.1), (42.5, 42.5))),
     Row(ANY,  ()),
 )
 _SM_89_16 = (
@@ -165,47 +166,61 @@ def choose(m: int, n: int, k: int, kind: str, gpu: GPU) -> Config | None:
             return row.configs[0] if row.configs else None
     for row in rows(kind, gpu):
         if m <= row.m:
-            return pick(row, m, n, k, gpu.sms)
+            return pick(row, m, n, k, gpu.sms, fp8=kind == "fp8")
     raise AssertionError(f"the table of {gpu.family} ends before M = {m}")
 
 
-def pick(row: Row, m: int, n: int, k: int, sms: int, *, library: bool = True) -> Config | None:
-    """A row's configuration, with its splits, for a GPU of ``sms`` multiprocessors; None of none, and for the library
-    where that is allowed.
-    """
+def pick(row: Row, m: int, n: int, k: int, sms: int, *, fp8: bool = False) -> Config | None:
+    """A row's configuration, with its splits or programs, for a GPU of ``sms`` multiprocessors; None of none."""
     if row.us:
         options = [
-            (dataclasses.replace(config, splits=splits), us)
+            (option, us)
             for config, us in zip(row.configs, row.us, strict=True)
-            if config.takes(k)
-            for splits in range(1, most_splits(config, m, n, k) + 1)
+            for option in shared(config, m, n, k, sms)
         ]
-        config, us = min(((c, _estimate(c, us, m, n, k, sms)) for c, us in options), key=lambda option: option[1])
-        if library and row.library and row.library[0] * n * k / 1e6 + row.library[1] * 2 * m * n * k / 1e9 < us:
-            return None
-        return config
+        return min(options, key=lambda option: _estimate(*option, m, n, k, sms, fp8=fp8))[0]
     chosen = None
     for config in row.configs:
         if not config.takes(k):
             continue
         count = blocks(config, m, n)
-        splits = max(min(most_splits(config, m, n, k), _SPLIT_TO * sms // count), 1)
+        splits = max(min(_most_splits(config, m, n, k), _SPLIT_TO * sms // count), 1)
         chosen = dataclasses.replace(config, splits=splits)
         if count * splits >= _FILLED * sms:
             break
     return chosen
 
 
-def most_splits(config: Config, m: int, n: int, k: int) -> int:
+def shared(config: Config, m: int, n: int, k: int, sms: int) -> list[Config]:
+    """The ways in which a table's configuration can share K: by each number of splits, and evenly last."""
+    if not config.takes(k):
+        return []
+    tiles, programs = blocks(config, m, n), config.programs * sms
+    found = [
+        dataclasses.replace(config, splits=splits, programs=0)
+        for splits in range(1, _most_splits(config, m, n, k) + 1)
+        # With more than a tile each, some would have one split more than others.
+        if splits == 1 or (tiles <= sms if config.overlap else tiles * splits <= _SPLIT_UNDER * sms)
+    ]
+    several = programs == sms or tiles > sms
+    if several and 0 < 2 * programs <= tiles * (k // config.step) and programs != tiles <= MAX_SPLIT_TILES:
+        found.append(dataclasses.replace(config, splits=1, programs=programs))
+    return found
+
+
+def _most_splits(config: Config, m: int, n: int, k: int) -> int:
     """As many as the configuration allows, with two steps of K for each and a counter for each tile."""
     steps = -(-k // (config.slices * config.k))
     return max(min(config.splits, steps // 2), 1) if blocks(config, m, n) <= MAX_SPLIT_TILES else 1
 
 
-def _estimate(config: Config, us: tuple[float, float], m: int, n: int, k: int, sms: int) -> float:
-    waves = -(-blocks(config, m, n) * config.splits // sms)
-    time = (us[0] if waves == 1 else waves * us[1]) * k / (4096 * config.splits)
-    return time if config.splits == 1 else time + _SPLIT_US + config.splits * m * n * 8 / _SPLIT_BYTES
+def _estimate(config: Config, us: tuple[float, float], m: int, n: int, k: int, sms: int, *, fp8: bool) -> float:
+    tiles, sums = blocks(config, m, n), 4 * workspace(config, m, n, fp8=fp8)
+    exchange = _JOIN + 2 * sums / _RATE if sums else 0.0
+    if config.programs:
+        return _START + us[1] * k / 4096 * tiles / sms + exchange
+    waves = -(-tiles * config.splits // sms)
+    return _START + (us[0] if waves == 1 else waves * us[1]) * k / (4096 * config.splits) + exchange
 
 
 def configurations(family: str) -> list[tuple[str, Config]]:
@@ -213,9 +228,11 @@ def configurations(family: str) -> list[tuple[str, Config]]:
     found = []
     for kind, table in TABLES[family].items():
         for config in (config for row in table for config in row.configs):
-            found.append((kind, dataclasses.replace(config, splits=1)))
+            found.append((kind, dataclasses.replace(config, splits=1, programs=0)))
             if config.splits > 1:
-                found.append((kind, dataclasses.replace(config, splits=2)))
+                found.append((kind, dataclasses.replace(config, splits=2, programs=0)))
+            if config.programs:
+                found.append((kind, dataclasses.replace(config, splits=1)))
     return list(dict.fromkeys(found))
 
 

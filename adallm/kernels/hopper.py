@@ -1,9 +1,14 @@
 """``matmul.py`` for Hopper: the weights of the next step are expanded while this step multiplies.
 
-The same words, tiles, splits and epilogue as ``nvfp4_matmul``, with ``SLICES = 1`` and K a multiple of two steps, in
+The same words, tiles and results as ``nvfp4_matmul``, with ``SLICES = 1`` and K a multiple of two steps, in
 Gluon. The asynchronous tensor core reads operand A from registers while it multiplies. Plain Triton does not know that,
 so that there each product must be finished before the next weights are made. Here two steps make one round of the loop,
 each with registers of its own: while one multiplies, the weights of the other are made.
+
+Blocks that share tiles take even parts of the steps of all tiles in a row: ``splits`` times as many blocks as tiles, or
+``programs``. Each goes through its part backwards. So what it has of a tile that another block ends comes first, and is
+left in the workspace; when it comes to the beginning of its part, which ends a tile, what others have of that tile is
+there, and it adds that to its own, in order. It waits for none but blocks that were launched before it.
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_init, warpgroup_mma_wait
 
 from adallm.kernels import dequant, matmul
-from adallm.kernels.matmul import Config, arguments, constants, grid, promote
+from adallm.kernels.matmul import Config, arguments, blocks, constants, promote, shares
 
 _ASM_BF16 = gl.constexpr(dequant._ASM_BF16.value)
 _ASM_FP16 = gl.constexpr(dequant._ASM_FP16.value)
@@ -141,52 +146,64 @@ def _unpack(pairs, MMA: gl.constexpr):
     return gl.convert_layout(whole, MMA, assert_trivial=True) / _PACKED
 
 
-@gluon.jit(do_not_specialize=["M", "splits"])
-def nvfp4_matmul_hopper(
+@gluon.jit
+def _lines(sums, R: gl.constexpr, BM: gl.constexpr, V: gl.constexpr):
+    """``[16 R, BM / 2 * V]`` in the order of registers and lanes: each warp writes and reads whole lines."""
+    return sums.reshape([R, 2, 8, BM // 8, 4, V]).permute([0, 3, 2, 4, 1, 5]).reshape([R * BM // 8, 64 * V])
+
+
+@gluon.jit
+def _slot(partial, slot, lines):
+    line = gl.arange(0, lines.shape[0], layout=gl.SliceLayout(1, lines.type.layout))[:, None] * lines.shape[1]
+    word = gl.arange(0, lines.shape[1], layout=gl.SliceLayout(0, lines.type.layout))[None, :]
+    return partial + slot.to(gl.int64) * (lines.shape[0] * lines.shape[1]) + line + word
+
+
+@gluon.jit
+def _leave(acc, partial, slot, R: gl.constexpr, BM: gl.constexpr, KIND: gl.constexpr):
+    """Sums for another program to add, those of FP8 as pairs of FP16."""
+    lines = _lines(_pack(acc), R, BM, 1) if KIND == "fp8" else _lines(acc, R, BM, 2)
+    gl.store(_slot(partial, slot, lines), lines)
+
+
+@gluon.jit
+def _left(partial, slot, R: gl.constexpr, BM: gl.constexpr, KIND: gl.constexpr, MMA: gl.constexpr):
+    """What ``_leave`` wrote."""
+    V: gl.constexpr = 1 if KIND == "fp8" else 2
+    acc = gl.zeros([R * 16, BM], gl.float32, MMA)
+    like = _pack(acc) if KIND == "fp8" else acc
+    lines = gl.load(_slot(partial, slot, _lines(like, R, BM, V)), cache_modifier=".cg")
+    sums = lines.reshape([R, BM // 8, 8, 4, 2, V]).permute([0, 4, 2, 1, 3, 5]).reshape([R * 16, BM // 2 * V])
+    sums = gl.convert_layout(sums, like.type.layout, assert_trivial=True)
+    return _unpack(sums, MMA) if KIND == "fp8" else sums
+
+
+@gluon.jit
+def _sums(
     x,
     words,
     scales,
-    row_scale,
-    x_scale,
-    bias,
-    out,
-    partial,
-    arrivals,
     M,
     N,
     K,
     x_stride,
-    out_stride,
-    splits,
+    block_n,
+    block_m,
+    first,
+    count,
     R: gl.constexpr,
     BM: gl.constexpr,
     C: gl.constexpr,
     STAGES: gl.constexpr,
-    SPLIT: gl.constexpr,
     PROMOTE: gl.constexpr,
-    GROUP: gl.constexpr,
     KIND: gl.constexpr,
+    MMA: gl.constexpr,
 ):
+    """The sums of a tile over ``count`` steps from ``first`` on, both even."""
     W: gl.constexpr = gl.num_warps()
-    BITS: gl.constexpr = 8 if KIND == "fp8" else 16
-    VECTOR: gl.constexpr = 128 // BITS
-    mma: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[W, 1], instr_shape=[16, BM, 256 // BITS]
-    )
+    VECTOR: gl.constexpr = 16 if KIND == "fp8" else 8
     n_tiles = (N + 15) // 16
     chunks = K // 64
-    n_blocks = (n_tiles + R - 1) // R
-    pid = gl.program_id(0)
-    split = gl.program_id(1)
-    m_blocks = (M + BM - 1) // BM
-    group = pid // (GROUP * m_blocks)
-    width = gl.minimum(n_blocks - group * GROUP, GROUP)
-    within = pid - group * GROUP * m_blocks
-    block_n = group * GROUP + within % width
-    block_m = within // width
-    pairs = chunks // (2 * C)
-    first = pairs * split // splits * 2
-    count = pairs * (split + 1) // splits * 2 - first
     # Without this, and with the sums among what the loop waits for, ptxas would serialize the products.
     gl.assume(count > 0)
 
@@ -223,7 +240,7 @@ def nvfp4_matmul_hopper(
         wp += C * 128
         sp += C * 16
 
-    acc = gl.zeros([R * 16, BM], gl.float32, mma)
+    acc = gl.zeros([R * 16, BM], gl.float32, MMA)
     if PROMOTE:
         packed: gl.constexpr = _pack(acc).type.layout
         earlier = gl.allocate_shared_memory(gl.int32, [R * 16, BM // 2], gl.SwizzledSharedLayout(4, 1, 8, [1, 0]))
@@ -232,13 +249,13 @@ def nvfp4_matmul_hopper(
     before = STAGES - 1
     async_copy.wait_group(STAGES - 2)
     for segment in range(0, count, PROMOTE if PROMOTE else count):
-        product = warpgroup_mma_init(gl.zeros([R * 16, BM], gl.float32, mma))
+        product = warpgroup_mma_init(gl.zeros([R * 16, BM], gl.float32, MMA))
         end = gl.minimum(segment + PROMOTE, count) if PROMOTE else count
         gl.assume(end > segment)
         for i in range(segment, end, 2):
             # Two steps: each has registers for its weights while the tensor core still reads those of the other.
             for half in gl.static_range(2):
-                weight = _weights(codes.index(slot), steps_of.index(slot), R, C, W, KIND, mma)
+                weight = _weights(codes.index(slot), steps_of.index(slot), R, C, W, KIND, MMA)
                 product = warpgroup_mma(weight, tokens.index(slot).permute((1, 0)), product, is_async=True)
                 warpgroup_mma_wait(1, deps=[nothing])
                 # The next step is here, and the one before has no more use for its stage.
@@ -257,35 +274,150 @@ def nvfp4_matmul_hopper(
         # As in ``nvfp4_matmul``: what FP8 sums have reached waits in shared memory.
         if PROMOTE:
             if segment > 0:
-                acc += _unpack(earlier.load(packed), mma)
+                acc += _unpack(earlier.load(packed), MMA)
             if end < count:
                 earlier.store(_pack(acc))
     async_copy.wait_group(0)
+    return acc
 
-    ol: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, W], [0, 1])
-    acc = gl.convert_layout(acc, ol)
-    n = block_n * (R * 16) + gl.arange(0, R * 16, layout=gl.SliceLayout(1, ol))
-    m = block_m * BM + gl.arange(0, BM, layout=gl.SliceLayout(0, ol))
+
+@gluon.jit
+def _ask(rows, row_scale, N, block_n):
+    """Row scales of a tile on their way to shared memory, with the first step: nobody waits for them in the end."""
+    n = block_n * rows.shape[0] + gl.arange(0, rows.shape[0], layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    async_copy.async_copy_global_to_shared(rows, row_scale + n, mask=n < N)
+
+
+@gluon.jit
+def _write(
+    acc,
+    rows,
+    x_scale,
+    bias,
+    out,
+    M,
+    N,
+    out_stride,
+    block_n,
+    block_m,
+    R: gl.constexpr,
+    BM: gl.constexpr,
+    KIND: gl.constexpr,
+):
+    """The tile of ``out`` from its sums."""
+    layout: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, gl.num_warps()], [0, 1])
+    acc = gl.convert_layout(acc, layout)
+    n = block_n * (R * 16) + gl.arange(0, R * 16, layout=gl.SliceLayout(1, layout))
+    m = block_m * BM + gl.arange(0, BM, layout=gl.SliceLayout(0, layout))
     in_n = n < N
+    acc *= (rows.load(gl.SliceLayout(1, layout)) * _POWER)[:, None]
+    if KIND == "fp8":
+        acc *= gl.load(x_scale + m, mask=m < M, other=0.0)[None, :]
+    if bias is not None:
+        acc += gl.load(bias + n, mask=in_n, other=0.0).to(gl.float32)[:, None]
     inside = in_n[:, None] & (m < M)[None, :]
-    done = True
+    gl.store(out + m.to(gl.int64)[None, :] * out_stride + n[:, None], acc.to(out.dtype.element_ty), mask=inside)
+
+
+@gluon.jit
+def _place(at, M, N, R: gl.constexpr, BM: gl.constexpr, GROUP: gl.constexpr):
+    """Where the tile is: neighbours share tokens, and GROUP neighbours' weights stay in L2 for the next tokens."""
+    n_blocks = ((N + 15) // 16 + R - 1) // R
+    m_blocks = (M + BM - 1) // BM
+    group = at // (GROUP * m_blocks)
+    width = gl.minimum(n_blocks - group * GROUP, GROUP)
+    within = at - group * GROUP * m_blocks
+    return group * GROUP + within % width, within // width
+
+
+@gluon.jit(do_not_specialize=["M", "programs"])
+def nvfp4_matmul_hopper(
+    x,
+    words,
+    scales,
+    row_scale,
+    x_scale,
+    bias,
+    out,
+    partial,
+    arrivals,
+    M,
+    N,
+    K,
+    x_stride,
+    out_stride,
+    programs,
+    R: gl.constexpr,
+    BM: gl.constexpr,
+    C: gl.constexpr,
+    STAGES: gl.constexpr,
+    SPLIT: gl.constexpr,
+    PROMOTE: gl.constexpr,
+    GROUP: gl.constexpr,
+    KIND: gl.constexpr,
+):
+    mma: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[gl.num_warps(), 1], instr_shape=[16, BM, 32 if KIND == "fp8" else 16]
+    )
+    rows = gl.allocate_shared_memory(gl.float32, [R * 16], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    pid = gl.program_id(0)
+    # Pairs of steps: the tensor core works on one while the other is made.
+    pairs = K // 64 // (2 * C)
     if SPLIT:
-        at = m.to(gl.int64)[None, :] * N + n[:, None]
-        gl.store(partial + split * M.to(gl.int64) * N + at, acc, mask=inside)
-        _barrier()
-        done = gl.atomic_add(arrivals + pid, 1, sem="acq_rel") == splits - 1
-        if done:
-            acc = gl.zeros([R * 16, BM], gl.float32, ol)
-            for j in range(splits):
-                acc += gl.load(partial + j * M.to(gl.int64) * N + at, mask=inside, other=0.0, cache_modifier=".cg")
-            gl.store(arrivals + pid, 0)
-    if done:
-        acc *= (gl.load(row_scale + n, mask=in_n, other=0.0) * _POWER)[:, None]
-        if KIND == "fp8":
-            acc *= gl.load(x_scale + m, mask=m < M, other=0.0)[None, :]
-        if bias is not None:
-            acc += gl.load(bias + n, mask=in_n, other=0.0).to(gl.float32)[:, None]
-        gl.store(out + m.to(gl.int64)[None, :] * out_stride + n[:, None], acc.to(out.dtype.element_ty), mask=inside)
+        # Those of all tiles in a row: a program has them from total * pid // programs on.
+        total = (((N + 15) // 16 + R - 1) // R) * ((M + BM - 1) // BM) * pairs
+        share = total // programs
+        more = total - share * programs
+        start = pid * share + pid * more // programs
+        stop = (pid + 1) * share + (pid + 1) * more // programs
+        last = (stop - 1) // pairs
+        for i in range(last - start // pairs + 1):
+            at = last - i
+            first = gl.maximum(start - at * pairs, 0)
+            end = gl.minimum(stop - at * pairs, pairs)
+            block_n, block_m = _place(at, M, N, R, BM, GROUP)
+            _ask(rows, row_scale, N, block_n)
+            acc = _sums(
+                x,
+                words,
+                scales,
+                M,
+                N,
+                K,
+                x_stride,
+                block_n,
+                block_m,
+                2 * first,
+                2 * (end - first),
+                R,
+                BM,
+                C,
+                STAGES,
+                PROMOTE,
+                KIND,
+                mma,
+            )
+            if end < pairs:
+                _leave(acc, partial, pid, R, BM, KIND)
+                _barrier()
+                gl.atomic_add(arrivals + at, 1, sem="release")
+            else:
+                if first > 0:
+                    lowest = ((((at * pairs + 1).to(gl.int64) * programs) - 1) // total).to(gl.int32)
+                    while gl.atomic_add(arrivals + at, 0, sem="acquire") < pid - lowest:
+                        pass
+                    for j in range(lowest, pid):
+                        acc += _left(partial, j, R, BM, KIND, mma)
+                    _barrier()
+                    gl.store(arrivals + at, 0)
+                _write(acc, rows, x_scale, bias, out, M, N, out_stride, block_n, block_m, R, BM, KIND)
+    else:
+        block_n, block_m = _place(pid, M, N, R, BM, GROUP)
+        _ask(rows, row_scale, N, block_n)
+        acc = _sums(
+            x, words, scales, M, N, K, x_stride, block_n, block_m, 0, pairs * 2, R, BM, C, STAGES, PROMOTE, KIND, mma
+        )
+        _write(acc, rows, x_scale, bias, out, M, N, out_stride, block_n, block_m, R, BM, KIND)
 
 
 def launch(
@@ -303,14 +435,17 @@ def launch(
     """As ``matmul.launch``, for a configuration with ``overlap``, and rows of x 16 elements or a multiple apart.
 
     Raises:
-        ValueError: K that is not two steps, or a multiple, for each split.
+        ValueError: K that is no multiple of two steps, or more programs than those of all tiles.
     """
     k = x.shape[1]
-    if not config.takes(k, config.splits):
-        raise ValueError(f"K is {k}; {config} takes a multiple of {config.step}, from {config.splits} times that up")
-    nvfp4_matmul_hopper[grid(config, out)](
+    programs, tiles = shares(config, *out.shape), blocks(config, *out.shape)
+    if k % config.step or programs > tiles * (k // config.step):
+        raise ValueError(
+            f"K is {k}; {config} takes a multiple of {config.step}, and has {programs} programs for {tiles} tiles"
+        )
+    nvfp4_matmul_hopper[(programs,)](
         *arguments(x, words, scales, row_scale, out, config, x_scale, bias, arrivals),
-        **constants(config, x),
+        **constants(config, x, out),
         STAGES=config.stages,
         PROMOTE=promote(config, k) if x_scale is not None else 0,
         num_warps=config.warps,

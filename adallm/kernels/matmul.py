@@ -6,7 +6,7 @@ thread's loads and its fragment are the same 16 bytes and nothing is exchanged b
 One kernel, two shapes. With ``SLICES`` above 1 each warp has its own slice of K and the warps' sums meet once, at the
 end: for few tokens, when a block should read much of few rows. With ``SLICES = 1`` the warps share a tile: for many
 tokens. Several blocks (``splits``) can share an output tile along K; each writes FP32 sums to a workspace, and the one
-that comes last adds them in order, so that the result does not depend on who that was.
+that comes last adds them in order, so that the result does not depend on who that was. ``hopper.py`` shares otherwise.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ class Config:
         splits: blocks that share an output tile along K.
         warps: warps in a block; equal to ``slices`` where that is above 1.
         stages: steps in flight.
+        programs: with ``overlap``, blocks that share the steps of all tiles evenly, in place of ``splits`` for each
+            tile; in a table, for each multiprocessor. 0: ``splits`` says it.
         overlap: ``hopper.py`` in place of this module's kernel: sm_90, ``slices`` 1, K a multiple of ``2 k``.
     """
 
@@ -47,6 +49,7 @@ class Config:
     warps: int
     stages: int
     overlap: bool = False
+    programs: int = 0
 
     @property
     def step(self) -> int:
@@ -55,9 +58,10 @@ class Config:
 
     @property
     def label(self) -> str:
-        """``"n64 m8 k64 slices4 splits1 warps4 stages3"``, with ``overlap`` behind it where that is."""
-        numbers = {name: value for name, value in vars(self).items() if name != "overlap"}
-        return " ".join(f"{name}{value}" for name, value in numbers.items()) + " overlap" * self.overlap
+        """``"n64 m8 k64 slices4 splits1 warps4 stages3"``, and ``overlap`` and ``programs`` where they are."""
+        numbers = {name: value for name, value in vars(self).items() if name not in ("overlap", "programs")}
+        tile = " ".join(f"{name}{value}" for name, value in numbers.items()) + " overlap" * self.overlap
+        return tile + f" programs{self.programs}" * bool(self.programs)
 
     def takes(self, k: int, splits: int = 1) -> bool:
         """Whether the kernel handles K columns in so many splits."""
@@ -147,7 +151,7 @@ def nvfp4_matmul(
         words += tile[:, None] * (chunks * 128) + tl.arange(0, C * 128)[None, :]
         scales += tile[:, None] * (chunks * 16) + tl.arange(0, C * 16)[None, :]
         x += m[None, :].to(tl.int64) * x_stride + column
-        in_n = (tile < n_tiles)[:, None]
+        in_tiles = (tile < n_tiles)[:, None]
         in_m = (m < M)[None, :]
     else:
         slice_ = tl.arange(0, SLICES)
@@ -157,11 +161,16 @@ def nvfp4_matmul(
         words += (tile[None, :, None] * chunks + slice_[:, None, None] * C) * 128 + tl.arange(0, C * 128)[None, None, :]
         scales += (tile[None, :, None] * chunks + slice_[:, None, None] * C) * 16 + tl.arange(0, C * 16)[None, None, :]
         x += m[None, None, :].to(tl.int64) * x_stride + column
-        in_n = (tile < n_tiles)[None, :, None]
+        in_tiles = (tile < n_tiles)[None, :, None]
         in_m = (m < M)[None, None, :]
     words += first * (SLICES * C * 128)
     scales += first * (SLICES * C * 16)
     x += first * (SLICES * C * 64)
+    n = block_n * (R * 16) + tl.arange(0, R * 16)
+    in_n = n < N
+    # Few tokens: early, since after the sums their way from memory would be waited for. Many: there are no registers.
+    if BM <= 16:
+        row = tl.load(row_scale + n, mask=in_n, other=0.0) * VALUE_POWER
     acc = tl.zeros([R * 16, BM] if SLICES == 1 else [SLICES, R * 16, BM], dtype=tl.float32)
     if PROMOTE:
         earlier = tl.zeros([R * 16, BM // 2], dtype=tl.int32)
@@ -169,13 +178,13 @@ def nvfp4_matmul(
         # The words are loaded last: of the layouts that the loads ask for, the compiler takes that of the last.
         if EVEN_K:
             tokens = tl.load(x, mask=in_m, other=0.0)
-            scale = tl.load(scales, mask=in_n, other=0)
-            word = tl.load(words, mask=in_n, other=0)
+            scale = tl.load(scales, mask=in_tiles, other=0)
+            word = tl.load(words, mask=in_tiles, other=0)
         else:
             left = chunks - step * (SLICES * C)
             tokens = tl.load(x, mask=in_m & (column < K - step * (SLICES * C * 64)), other=0.0)
-            scale = tl.load(scales, mask=in_n & (chunk_s < left), other=0)
-            word = tl.load(words, mask=in_n & (chunk < left), other=0)
+            scale = tl.load(scales, mask=in_tiles & (chunk_s < left), other=0)
+            word = tl.load(words, mask=in_tiles & (chunk < left), other=0)
         words += SLICES * C * 128
         scales += SLICES * C * 16
         x += SLICES * C * 64
@@ -199,8 +208,6 @@ def nvfp4_matmul(
     if SLICES > 1:
         acc = tl.sum(acc, axis=0)
 
-    n = block_n * (R * 16) + tl.arange(0, R * 16)
-    in_n = n < N
     inside = in_n[:, None] & (m < M)[None, :]
     done = True
     if SPLIT:
@@ -215,7 +222,9 @@ def nvfp4_matmul(
                 acc += tl.load(partial + i * M.to(tl.int64) * N + at, mask=inside, other=0.0, cache_modifier=".cg")
             tl.store(arrivals + pid, 0)
     if done:
-        acc *= (tl.load(row_scale + n, mask=in_n, other=0.0) * VALUE_POWER)[:, None]
+        if BM > 16:
+            row = tl.load(row_scale + n, mask=in_n, other=0.0) * VALUE_POWER
+        acc *= row[:, None]
         if KIND == "fp8":
             acc *= tl.load(x_scale + m, mask=m < M, other=0.0)[None, :]
         if bias is not None:
@@ -234,14 +243,25 @@ def blocks(config: Config, m: int, n: int) -> int:
     return triton.cdiv(triton.cdiv(n, TILE_N), config.n // TILE_N) * triton.cdiv(m, config.m)
 
 
+def shares(config: Config, m: int, n: int) -> int:
+    """Blocks of a launch: of each split of each tile, or of ``programs``."""
+    return config.programs or blocks(config, m, n) * config.splits
+
+
+def workspace(config: Config, m: int, n: int, *, fp8: bool) -> int:
+    """4-byte words for the sums that blocks leave to each other: FP32, or pairs of FP16 with ``overlap`` and FP8."""
+    if shares(config, m, n) == blocks(config, m, n):
+        return 0
+    if config.overlap:
+        return shares(config, m, n) * config.n * config.m // (2 if fp8 else 1)
+    return config.splits * m * n
+
+
 def promote(config: Config, k: int) -> int:
     """Steps after which FP8 sums leave the tensor core, or 0 where K is too short for that."""
-    columns = triton.cdiv(triton.cdiv(k, config.step), config.splits) * config.step
+    splits = 1 if config.programs else config.splits
+    columns = triton.cdiv(triton.cdiv(k, config.step), splits) * config.step
     return PROMOTE_COLUMNS // (config.slices * config.k) if columns > PROMOTE_COLUMNS else 0
-
-
-def grid(config: Config, out: Tensor) -> tuple[int, int]:
-    return blocks(config, *out.shape), config.splits
 
 
 def arguments(
@@ -257,16 +277,20 @@ def arguments(
 ) -> tuple[Any, ...]:
     """What this module's kernel and ``hopper.py``'s take, with a workspace for split tiles."""
     (m, k), n, partial = x.shape, out.shape[1], None
-    if config.splits > 1:
-        partial = torch.empty(config.splits * m * n, dtype=torch.float32, device=x.device)
+    fp8 = x_scale is not None
+    if sums := workspace(config, m, n, fp8=fp8):
+        dtype = torch.int32 if config.overlap and fp8 else torch.float32
+        partial = torch.empty(sums, dtype=dtype, device=x.device)
     tensors = (x, words, scales, row_scale, x_scale, bias, out, partial, arrivals)
-    return *tensors, m, n, k, x.stride(0), out.stride(0), config.splits
+    count = shares(config, m, n) if config.overlap else config.splits
+    return *tensors, m, n, k, x.stride(0), out.stride(0), count
 
 
-def constants(config: Config, x: Tensor) -> dict[str, Any]:
+def constants(config: Config, x: Tensor, out: Tensor) -> dict[str, Any]:
     """Those that both kernels have."""
+    split = shares(config, *out.shape) != blocks(config, *out.shape)
     tile = {"R": config.n // TILE_N, "BM": config.m, "C": config.k // TILE_K}
-    return tile | {"SPLIT": config.splits > 1, "GROUP": GROUP, "KIND": KINDS[x.dtype]}
+    return tile | {"SPLIT": split, "GROUP": GROUP, "KIND": KINDS[x.dtype]}
 
 
 def launch(
@@ -288,13 +312,13 @@ def launch(
         words, scales, row_scale: as ``layout.from_checkpoint`` makes them for 16-bit or FP8 products.
         out: ``[M, N]`` bfloat16 or float16, stride 1 along N.
         x_scale: float32 ``[M]``, with float8_e4m3fn.
-        arrivals: int32, at least ``blocks(config, M, N)`` zeros, where ``config.splits`` is above 1; zero again after.
+        arrivals: int32, at least ``blocks(config, M, N)`` zeros, where blocks share tiles; zero again after.
     """
     k = x.shape[1]
     fast = x.device.type != "cpu"
-    kernel = nvfp4_matmul[grid(config, out)](
+    kernel = nvfp4_matmul[(blocks(config, *out.shape), config.splits)](
         *arguments(x, words, scales, row_scale, out, config, x_scale, bias, arrivals),
-        **constants(config, x),
+        **constants(config, x, out),
         SLICES=config.slices,
         PROMOTE=promote(config, k) if fast and x_scale is not None else 0,
         EVEN_K=k % (config.slices * config.k) == 0,

@@ -38,7 +38,7 @@ def chosen(m: int, n: int, k: int, kind: str, dtype: torch.dtype, bias: bool, gp
     config = choice.choose(m, n, k, kind, gpu)
     if config is None and (bias or (kind == "fp8" and dtype != torch.bfloat16)):
         row = [row for row in choice.rows(kind, gpu) if row.configs][-1]
-        config = choice.pick(row, m, n, k, gpu.sms, library=False)
+        config = choice.pick(row, m, n, k, gpu.sms, fp8=kind == "fp8")
     return config
 
 
@@ -47,7 +47,7 @@ def scratch_bytes(config: Config | None, m: int, n: int, k: int, kind: str) -> i
     tokens = m * (k + 4) if kind == "fp8" else 0
     if config is None:
         return tokens + n * k * (1 if kind == "fp8" else 2)
-    return tokens + (config.splits * m * n * 4 if config.splits > 1 else 0)
+    return tokens + 4 * matmul.workspace(config, m, n, fp8=kind == "fp8")
 
 
 def launcher(config: Config) -> Callable[..., None]:

@@ -179,10 +179,10 @@ def _weight(n: int, k: int) -> tuple[Tensor, Tensor]:
 
 
 def product(kind: str, config: matmul.Config, k: int | None = None) -> dict[str, Any]:
-    """What a launcher takes, on ``meta`` tensors. By default K is long enough for FP8 sums to be taken out of the
-    tensor core on the way, where it is not split.
+    """What a launcher takes, on ``meta`` tensors, for 16 output tiles. By default K is long enough for FP8 sums to be
+    taken out of the tensor core on the way, where ``splits`` does not cut it.
     """
-    m, n, k = config.m, 16 * config.n, k or 32 * config.slices * config.k
+    m, n, k = config.m, 16 * config.n, k or 64 * config.slices * config.k
     words, scales = _weight(n, k)
     return {
         "x": _meta(m, k, dtype=DTYPES[kind]),
@@ -192,5 +192,5 @@ def product(kind: str, config: matmul.Config, k: int | None = None) -> dict[str,
         "out": _meta(m, n, dtype=torch.float16 if kind == "fp16" else torch.bfloat16),
         "config": config,
         "x_scale": _meta(m, dtype=torch.float32) if kind == "fp8" else None,
-        "arrivals": _meta(matmul.blocks(config, m, n), dtype=torch.int32) if config.splits > 1 else None,
+        "arrivals": _meta(16, dtype=torch.int32) if config.splits > 1 or config.programs else None,
     }

@@ -91,7 +91,7 @@ def _names(named: Named) -> dict[str, Any]:
 
 def _read(named: Named, kernel: CompiledKernel, text: str) -> Counts:
     found = sass.instructions(text)
-    loop = sass.main_loop(found)
+    loop = sass.main_loop(found, rare=bool(dict(named.build.constants).get("PROMOTE")))
     outside = len(found) - len(loop) if loop else 0
     loop = loop or [body for _, body in found]
     warps, regs, shared = kernel.metadata.num_warps, sass.registers(text), kernel.metadata.shared

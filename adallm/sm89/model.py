@@ -11,8 +11,9 @@ block that is resident, over the 0.7 us that a load from DRAM takes. Resident ar
 equal share of the blocks for each wave of them.
 
 *Clocks of a block* are those of its main loop for every step of K, and those of all other instructions once, for each
-warp of a scheduler. The loop takes the most of: a clock for each instruction, two for each of the ALU, two for each of
-the FMA pipe. *Blocks of the busiest SM* are ``ceil(blocks / SMs)``, which is what a last, partly filled wave costs.
+warp of a scheduler; among the others is what takes FP8 sums out of the tensor core, in one step of many. The loop takes
+the most of: a clock for each instruction, two for each of the ALU, two for each of the FMA pipe. *Blocks of the busiest
+SM* are ``ceil(blocks / SMs)``, which is what a last, partly filled wave costs.
 
 Left out: clocks other than boost, the sums of split blocks, activations that several blocks read (the L2 cache has
 both), and whatever makes the three overlap less.

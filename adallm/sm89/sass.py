@@ -63,14 +63,26 @@ def _target(instruction: tuple[int, str]) -> int | None:
     return int(match[1], 16) if match else None
 
 
-def main_loop(found: list[tuple[int, str]]) -> list[str]:
-    """Body of the loop with the most tensor-core instructions, the shortest of several; ``[]`` where none has any."""
+def main_loop(found: list[tuple[int, str]], *, rare: bool = False) -> list[str]:
+    """Body of the loop with the most tensor-core instructions, the shortest of several; ``[]`` where none has any.
+
+    Args:
+        rare: leave out what a branch in it passes over, if no tensor-core instruction is there: FP8 sums leave the
+            tensor core in one step of many.
+    """
     best: tuple[int, int, list[str]] = (0, 0, [])
     for branch in found:
         target = _target(branch)
         if target is None or target >= branch[0]:
             continue
-        body = [text for address, text in found if target <= address <= branch[0]]
+        inside = [(address, text) for address, text in found if target <= address <= branch[0]]
+        skipped: set[int] = set()
+        for at, _ in inside if rare else ():
+            to = _target((at, dict(inside)[at]))
+            over = [(address, text) for address, text in inside if to is not None and at < address < to]
+            if not mma(text for _, text in over):
+                skipped |= {address for address, _ in over}
+        body = [text for address, text in inside if address not in skipped]
         best = max(best, (len(mma(body)), -len(body), body), key=lambda loop: loop[:2])
     return best[2]
 
