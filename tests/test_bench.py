@@ -1,12 +1,14 @@
 """The list of benchmarks, and the check that the quantizer's benchmark makes before it measures."""
 
 import dataclasses
+import functools
+import weakref
 
 import pytest
 import torch
 
 from adallm import bench, nvfp4, results
-from adallm.bench import quantize
+from adallm.bench import _timing, quantize
 
 
 def test_list_of_benchmarks(capsys):
@@ -68,3 +70,14 @@ def test_check_finds_a_wrong_byte(quantized, monkeypatch, name):
     broken = dataclasses.replace(t, **{name: part.view(getattr(t, name).dtype)})
     with pytest.raises(ValueError, match=r"of row 11 is .* but computed slowly"):
         quantize.check(w, broken, nvfp4.dequantize(t))
+
+
+@pytest.mark.gpu
+def test_a_timed_graph_keeps_what_it_reads():
+    x = torch.ones(1 << 20, device="cuda")
+    alive = weakref.ref(x)
+    one = _timing.replays([functools.partial(torch.neg, x)], at_least_us=1.0)
+    del x
+    torch.cuda.empty_cache()
+    assert alive() is not None
+    assert one() > 0

@@ -47,9 +47,10 @@ def replays(runs: Sequence[Callable[[], object]], *, at_least_us: float) -> Call
     # Timed as a graph too: launched from Python, a short kernel would seem longer than it is.
     first = _graph(runs[:8])
     estimate = statistics.median(_replay_us(first) for _ in range(3)) / len(runs[:8])
-    calls = max(-(-int(at_least_us / max(estimate, 1.0)) // len(runs)), 1) * len(runs)
-    graph = _graph(list(itertools.islice(itertools.cycle(runs), calls)))
-    return lambda: _replay_us(graph) / calls
+    turns = max(-(-int(at_least_us / max(estimate, 1.0)) // len(runs)), 1)
+    graph = _graph(list(itertools.chain.from_iterable(itertools.repeat(runs, turns))))
+    # What is returned keeps ``runs``: a graph does not keep the inputs that it reads.
+    return lambda: _replay_us(graph) / (turns * len(runs))
 
 
 def _graph(runs: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
