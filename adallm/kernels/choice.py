@@ -61,7 +61,7 @@ _MANY_16 = (Config(128, 256, 64,  1, 2, 8, 5, True, 1), Config(128, 128, 64, 1, 
 _SM_90_16 = (
     #            n    m    k  slices splits warps stages overlap programs, and us of a block alone and of one in company
     Row(8,    (Config(64,  8,   256, 1, 1, 4, 3), Config(64, 8, 256, 1, 3, 4, 4), Config(16, 8, 128, 4, 2, 4, 4)),
-              ((9.0, 6.4), (7.7, 6.6), (4.5, 2.0))),
+              ((9.0, 6.4), (7.7, 6.6), (3.0, 2.0))),
     Row(16,   (Config(64,  16,  128, 1, 4, 4, 7, True, 3), Config(64, 16, 128, 1, 4, 4, 5, True, 3),
                Config(64,  16,  256, 1, 4, 4, 3)), ((8.7, 7.7), (8.9, 7.6), (9.0, 9.0))),
     Row(32,   (Config(64,  32,  128, 1, 4, 4, 5, True, 3), Config(64, 32, 128, 1, 4, 4, 4)),
