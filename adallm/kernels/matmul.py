@@ -323,6 +323,8 @@ def launch(
         PROMOTE=promote(config, k) if fast and x_scale is not None else 0,
         EVEN_K=k % (config.slices * config.k) == 0,
         FAST=fast,
+        # As many blocks as fit the shared memory, which the compiler does not know of: eight at most.
+        maxnreg=64 if config.m == 8 and config.slices == 1 else None,
         num_warps=config.warps,
         num_stages=config.stages,
     )
