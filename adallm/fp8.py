@@ -99,9 +99,9 @@ def quantize(x: Tensor, *, granularity: str = "tensor", scale: Tensor | float | 
         if not bool((torch.isfinite(scale) & (scale > 0)).all()):
             raise ValueError("scale must be positive and finite")
     elif granularity == "tensor":
-        scale = _scale(amax)
+        scale = scale_of(amax)
     else:
-        scale = torch.cat([_scale(piece.abs().amax(-1)) for _, piece in row_pieces(x)]).view(by_row)
+        scale = torch.cat([scale_of(piece.abs().amax(-1)) for _, piece in row_pieces(x)]).view(by_row)
 
     data = torch.empty(x.shape[:-1].numel(), x.shape[-1], dtype=torch.float8_e4m3fn, device=x.device)
     for rows, piece in row_pieces(x):
@@ -129,12 +129,13 @@ def qdq(x: Tensor, granularity: str = "token") -> Tensor:
     _check_granularity(granularity)
     if x.numel() == 0:
         return x
-    scale = _scale(x.abs().amax() if granularity == "tensor" else x.abs().amax(-1, keepdim=True))
+    scale = scale_of(x.abs().amax() if granularity == "tensor" else x.abs().amax(-1, keepdim=True))
     # .float(): a 16-bit tensor over a 0-dim FP32 one is computed in 16 bits.
     return dequantize(FP8Tensor(to_e4m3(x.float() / scale), scale), x.dtype)
 
 
-def _scale(amax: Tensor) -> Tensor:
+def scale_of(amax: Tensor) -> Tensor:
+    """``amax / 448`` in FP32, 1 where that is 0."""
     # By a tensor: divided by a number, torch multiplies by its reciprocal on CUDA.
     scale = amax.float() / torch.full_like(amax, E4M3_MAX, dtype=torch.float32)
     return torch.where(scale == 0, 1.0, scale)

@@ -1,4 +1,4 @@
-"""GPU data sheets, and how many blocks fit on an SM.
+"""GPU data sheets, how many blocks fit on an SM, and what a KV cache takes.
 
 Rates are the makers': boost clock, dense tensor rate with FP32 accumulation, nominal DRAM bandwidth. Sources:
 NVIDIA's Ada and Hopper architecture white papers and data sheets; limits of an SM from the CUDA C++ Programming Guide,
@@ -7,7 +7,9 @@ NVIDIA's Ada and Hopper architecture white papers and data sheets; limits of an 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 SCHEDULERS = 4  # of an SM, each issuing one instruction of one warp a clock
 WARP = 32
@@ -91,3 +93,53 @@ def blocks_per_sm(gpu: GPU, *, registers: int, shared: int, warps: int) -> int:
         return 0
     by_shared = gpu.shared_per_sm // (-(-shared // _SHARED) * _SHARED + _RESERVED)
     return min(by_registers, by_shared, gpu.warps_per_sm // warps, gpu.blocks_per_sm)
+
+
+_CACHE_BYTES = {"bf16": 2, "fp16": 2, "fp8": 1}
+
+
+def kv_cache_bytes(
+    config: Mapping[str, Any], tokens: int, dtype: str, *, block_size: int = 16, token_scales: bool = False
+) -> int:
+    """Bytes of a sequence's paged KV cache: over the layers, ``2 * blocks * block_size * heads * head size * bytes``.
+
+    A full layer keeps ``ceil(tokens / block_size)`` blocks. One with a sliding window W keeps the blocks that W tokens
+    can touch, ``ceil((W - 1) / block_size) + 1`` at most.
+
+    Args:
+        config: a Hugging Face ``config.json``; of a multimodal model, its ``text_config`` is used.
+        tokens: of the sequence.
+        dtype: ``"bf16"``, ``"fp16"`` or ``"fp8"``.
+        block_size: tokens of a block.
+        token_scales: with ``"fp8"``, an FP32 scale for each token and head of keys and of values.
+
+    Raises:
+        ValueError: a dtype that is not supported, or a config without the sizes.
+    """
+    if dtype not in _CACHE_BYTES or (token_scales and dtype != "fp8"):
+        raise ValueError(f"dtype is {dtype!r}; supported: {', '.join(_CACHE_BYTES)}, token_scales with 'fp8'")
+    config = config.get("text_config") or config
+    try:
+        layers, q_heads = config["num_hidden_layers"], config["num_attention_heads"]
+        heads = config.get("num_key_value_heads") or q_heads
+        head = config.get("head_dim") or config["hidden_size"] // q_heads
+    except KeyError as error:
+        raise ValueError(f"the config has no {error}") from None
+    blocks = -(-tokens // block_size)
+    window = _windows(config, layers)
+    kept = sum(blocks if w is None else min(blocks, -(-(w - 1) // block_size) + 1) for w in window)
+    of_head = head * _CACHE_BYTES[dtype] + (4 if token_scales else 0)
+    return 2 * kept * block_size * heads * of_head
+
+
+def _windows(config: Mapping[str, Any], layers: int) -> list[int | None]:
+    """The sliding window of each layer, None for a full one."""
+    window = config.get("sliding_window")
+    if not window or config.get("use_sliding_window") is False:
+        return [None] * layers
+    if types := config.get("layer_types"):
+        return [window if kind == "sliding_attention" else None for kind in types]
+    # Gemma 3 before layer_types: every sixth layer is full.
+    if pattern := config.get("sliding_window_pattern"):
+        return [None if (i + 1) % pattern == 0 else window for i in range(layers)]
+    return [window] * layers

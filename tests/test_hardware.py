@@ -1,6 +1,7 @@
 """Data sheets: units, and figures of one chip against each other."""
 
 import pytest
+import torch
 
 from adallm import hardware
 from adallm.hardware import GPUS, blocks_per_sm
@@ -57,3 +58,48 @@ def test_find_takes_the_driver_s_name():
 )
 def test_blocks_of_an_ada_sm(registers, shared, warps, blocks):
     assert blocks_per_sm(GPUS["RTX 4090"], registers=registers, shared=shared, warps=warps) == blocks
+
+
+QWEN3_8B = {"num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+QWEN3_8B |= {"sliding_window": None, "use_sliding_window": False, "layer_types": ["full_attention"] * 36}
+LLAMA_8B = {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 4096}
+GEMMA3_27B = {"num_hidden_layers": 62, "num_attention_heads": 32, "num_key_value_heads": 16, "head_dim": 128}
+GEMMA3_27B |= {"sliding_window": 1024, "sliding_window_pattern": 6}
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+@pytest.mark.parametrize("tokens", [1, 16, 1000, 8192])
+@pytest.mark.parametrize("config", [QWEN3_8B, LLAMA_8B, GEMMA3_27B, {"text_config": GEMMA3_27B}], ids=str)
+def test_bytes_of_a_cache_are_those_of_its_tensors(config, tokens, dtype):
+    size = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}[dtype]
+    text = config.get("text_config", config)
+    head = text.get("head_dim", 128)
+    allocated = scales = 0
+    for layer in range(text["num_hidden_layers"]):
+        slides = text.get("sliding_window") and (layer + 1) % 6
+        # Of 1024 tokens in a row, the first and the last block may each be there in part.
+        blocks = min(-(-tokens // 16), 65) if slides else -(-tokens // 16)
+        cache = torch.empty(2, blocks, 16, text["num_key_value_heads"], head, dtype=size, device="meta")
+        allocated += cache.nbytes
+        scales += cache[..., 0].numel() * 4
+    assert hardware.kv_cache_bytes(config, tokens, dtype) == allocated
+    if dtype == "fp8":
+        assert hardware.kv_cache_bytes(config, tokens, dtype, token_scales=True) == allocated + scales
+
+
+def test_bytes_of_a_token():
+    assert hardware.kv_cache_bytes(QWEN3_8B, 1, "bf16", block_size=1) == 2 * 36 * 8 * 128 * 2
+    types = ["sliding_attention", "full_attention"]
+    of_types = {**LLAMA_8B, "num_hidden_layers": 2, "sliding_window": 4, "layer_types": types}
+    assert hardware.kv_cache_bytes(of_types, 100, "fp8", block_size=1) == 2 * (4 + 100) * 8 * 128
+    everywhere = {**LLAMA_8B, "num_hidden_layers": 2, "sliding_window": 4}
+    assert hardware.kv_cache_bytes(everywhere, 100, "fp8", block_size=1) == 2 * 8 * 8 * 128
+
+
+def test_a_cache_of_no_known_size():
+    with pytest.raises(ValueError, match=r"dtype is 'int4'; supported: bf16, fp16, fp8"):
+        hardware.kv_cache_bytes(QWEN3_8B, 1, "int4")
+    with pytest.raises(ValueError, match="token_scales with 'fp8'"):
+        hardware.kv_cache_bytes(QWEN3_8B, 1, "bf16", token_scales=True)
+    with pytest.raises(ValueError, match="the config has no 'num_attention_heads'"):
+        hardware.kv_cache_bytes({"num_hidden_layers": 1}, 1, "bf16")

@@ -18,7 +18,7 @@ PACKAGE = Path(adallm.__file__).parent
 LAYERS = (
     {"formats", "results", "hardware", "published", "text"},
     {"rows"},
-    {"nvfp4", "fp8", "baselines", "quantizers"},
+    {"nvfp4", "fp8", "baselines", "quantizers", "paged"},
     {"kernels"},
     {"linear", "attention"},
     {"checkpoint", "sm89"},

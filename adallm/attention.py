@@ -1,0 +1,150 @@
+"""Decode attention over a paged KV cache: the reference, in FP32 and plain torch.
+
+A cache holds the keys, or the values, of one layer: ``[num_blocks, block_size, Hkv, D]`` with any strides, so that
+block-major NHD and HND are both views of this shape. Slot ``s`` is block ``s // block_size``, position
+``s % block_size``. A sequence's token ``i`` lies in block ``block_table[b, i // block_size]``.
+
+An E4M3 cache stands for ``cache * k_scale`` (and ``v_scale``). A scale is one number for a layer, or
+``[num_blocks, block_size, Hkv]`` for each token and head, kept beside the cache. Keys' scales enter the logits and
+values' scales the weights, which is the same in exact arithmetic and spares a product for each element.
+
+For query token ``t`` of ``T``, at position ``p = seq_len - T + t``, and query head h, which reads KV head
+``h // (Hq / Hkv)``, over the keys ``j <= p``, within a window W over ``j > p - W``::
+
+    logit_j = cap(scale * k_scale * q . k_j) + slope_h * (j - p),   cap(x) = soft_cap * tanh(x / soft_cap)
+    out = sum_j softmax(logit, sink_h)_j * v_scale * v_j
+
+A sink takes part in the softmax and has no value. A sequence of length 0, whose table is not read, gives zeros.
+
+Sources: PagedAttention (arXiv 2309.06180), sliding windows (2310.06825), soft caps (Gemma 2, 2408.00118), sinks
+(gpt-oss, 2508.10925), ALiBi (2108.12409).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from adallm import fp8
+from adallm.paged import Scale, check_decode, check_write
+
+
+@torch.no_grad()
+def write_kv_reference(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    *,
+    k_scale: Scale = 1.0,
+    v_scale: Scale = 1.0,
+) -> None:
+    """``k_cache[slot] = k / k_scale`` and the same for v, in the dtype of the cache; a slot of -1 is skipped.
+
+    E4M3 is to nearest, ties to even, saturating. Scales for each token and head are written, not read: ``amax / 448``
+    of the token's head, 1 where that is 0.
+
+    Args:
+        k, v: ``[N, Hkv, D]``, bfloat16 or float16.
+        k_cache, v_cache: ``[num_blocks, block_size, Hkv, D]``: E4M3, or the dtype of k without scales.
+        slot_mapping: ``[N]`` int64, -1 or a slot that no other token has.
+        k_scale, v_scale: a number, a float32 ``[]``, or float32 ``[num_blocks, block_size, Hkv]``.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit.
+    """
+    check_write(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
+    taken = slot_mapping >= 0
+    blocks, positions = slot_mapping[taken] // k_cache.shape[1], slot_mapping[taken] % k_cache.shape[1]
+    for x, cache, scale in ((k[taken], k_cache, k_scale), (v[taken], v_cache, v_scale)):
+        if cache.dtype != torch.float8_e4m3fn:
+            cache[blocks, positions] = x
+            continue
+        if isinstance(scale, Tensor) and scale.dim():
+            of_token = fp8.scale_of(x.float().abs().amax(-1))
+            scale[blocks, positions] = of_token
+            data = fp8.to_e4m3(x.float() / of_token[..., None])
+        else:
+            data = fp8.to_e4m3(x.float() / scale)
+        # Eight bits have no indexed writing.
+        cache.view(torch.uint8)[blocks, positions] = data.view(torch.uint8)
+
+
+@torch.no_grad()
+def paged_decode_reference(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    *,
+    scale: float,
+    k_scale: Scale = 1.0,
+    v_scale: Scale = 1.0,
+    window: int | None = None,
+    soft_cap: float = 0.0,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+) -> Tensor:
+    """Attention of the last tokens of each sequence over all of its tokens, as at the head of this module.
+
+    Args:
+        q: ``[B, Hq, D]``, or ``[B, T, Hq, D]`` for up to 8 tokens of each sequence; bfloat16 or float16.
+        k_cache, v_cache: ``[num_blocks, block_size, Hkv, D]``: E4M3, bfloat16 or float16.
+        block_table: ``[B, any]`` int32; what lies behind a sequence's last block is not read.
+        seq_lens: ``[B]`` int32: tokens in the cache, those of q included; 0, or T at least.
+        scale: of the logits, ``D ** -0.5`` as a rule.
+        k_scale, v_scale: a number, a float32 ``[]``, or float32 ``[num_blocks, block_size, Hkv]``.
+        window: keys that a token sees, itself included; None for all.
+        soft_cap: 0 for none.
+        sinks, alibi_slopes: float32 ``[Hq]``.
+
+    Returns:
+        FP32, with the shape of q.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit, or a length that is no length.
+    """
+    shape = check_decode(
+        q, k_cache, v_cache, block_table, seq_lens, k_scale, v_scale, window, soft_cap, sinks, alibi_slopes
+    )
+    tokens = q.view(shape.batch, shape.queries, shape.q_heads, shape.head_size).float()
+    out = torch.zeros_like(tokens)
+    for b, length in enumerate(seq_lens.tolist()):
+        if not 0 <= length <= block_table.shape[1] * shape.block_size or 0 < length < shape.queries:
+            raise ValueError(
+                f"seq_lens[{b}] is {length}; it must be 0, or from {shape.queries} to what {block_table.shape[1]} "
+                f"blocks of {shape.block_size} hold"
+            )
+        if not length:
+            continue
+        blocks = block_table[b, : -(-length // shape.block_size)].long()
+        keys = _gathered(k_cache, k_scale, blocks, length).repeat_interleave(shape.q_heads // shape.kv_heads, 1)
+        values = _gathered(v_cache, v_scale, blocks, length).repeat_interleave(shape.q_heads // shape.kv_heads, 1)
+        logits = torch.einsum("thd,jhd->thj", tokens[b], keys) * scale
+        if soft_cap:
+            logits = soft_cap * torch.tanh(logits / soft_cap)
+        position = torch.arange(length - shape.queries, length, device=q.device)[:, None]
+        distance = torch.arange(length, device=q.device) - position  # [T, j]
+        if alibi_slopes is not None:
+            logits = logits + alibi_slopes[:, None] * distance[:, None, :]
+        hidden = distance > 0 if window is None else (distance > 0) | (distance <= -window)
+        logits = logits.masked_fill(hidden[:, None, :], -math.inf)
+        if sinks is not None:
+            logits = torch.cat([logits, sinks[:, None].expand(shape.queries, -1, 1)], -1)
+        weights = torch.softmax(logits, -1)[..., :length]
+        out[b] = torch.einsum("thj,jhd->thd", weights, values)
+    return out.view(q.shape)
+
+
+def _gathered(cache: Tensor, scale: Scale, blocks: Tensor, length: int) -> Tensor:
+    """A sequence's keys or values, FP32 ``[length, Hkv, D]``."""
+    # Eight bits have no indexing either.
+    bits = cache.view(torch.uint8)[blocks].view(cache.dtype) if cache.itemsize == 1 else cache[blocks]
+    found = bits.float().flatten(0, 1)[:length]
+    if isinstance(scale, Tensor) and scale.dim():
+        return found * scale[blocks].flatten(0, 1)[:length, :, None]
+    return found * scale

@@ -1,0 +1,228 @@
+"""``attention.py``: the reference against softmax written out, and what it refuses."""
+
+import math
+
+import pytest
+import torch
+
+from adallm import fp8
+from adallm.attention import paged_decode_reference, write_kv_reference
+
+E4M3 = torch.float8_e4m3fn
+
+
+def caches(blocks, block_size, heads, d, *, dtype=E4M3, order="nhd", fill=float("nan")):
+    """Two caches full of NaN, ``[blocks, block_size, heads, d]``, the heads or the tokens outside in memory."""
+    shape = (blocks, block_size, heads, d) if order == "nhd" else (blocks, heads, block_size, d)
+    made = [torch.full(shape, fill).to(dtype) for _ in range(2)]
+    return made if order == "nhd" else [cache.transpose(1, 2) for cache in made]
+
+
+def step(
+    lengths, *, q_heads=4, kv_heads=2, d=64, block_size=16, queries=1, dtype=torch.bfloat16, cache=E4M3, order="nhd"
+):
+    """A cache with what the lengths say in shuffled blocks, NaN everywhere else, and the keys and values in FP32."""
+    generator = torch.Generator().manual_seed(0)
+    needed = [-(-length // block_size) for length in lengths]
+    k_cache, v_cache = caches(sum(needed) + 3, block_size, kv_heads, d, dtype=cache, order=order)
+    free = (torch.randperm(sum(needed) + 3, generator=generator)).tolist()
+    table = torch.full((len(lengths), max([*needed, 1]) + 1), -7, dtype=torch.int32)
+    dense = []
+    for b, (length, count) in enumerate(zip(lengths, needed, strict=True)):
+        table[b, :count] = torch.tensor([free.pop() for _ in range(count)], dtype=torch.int32)
+        k, v = torch.randn(2, length, kv_heads, d, generator=generator).to(dtype)
+        at = torch.arange(length)
+        slots = table[b].long()[at // block_size] * block_size + at % block_size
+        write_kv_reference(k, v, k_cache, v_cache, slots)
+        stored = [fp8.to_e4m3(x.float()).float() if cache == E4M3 else x.float() for x in (k, v)]
+        dense.append(stored)
+    q = torch.randn(len(lengths), queries, q_heads, d, generator=generator).to(dtype)
+    return q, k_cache, v_cache, table, torch.tensor(lengths, dtype=torch.int32), dense
+
+
+def written_out(q, dense, *, scale, window=None, soft_cap=0.0, sinks=None, slopes=None, k_scale=1.0, v_scale=1.0):
+    """One logit at a time, FP64."""
+    _batch, queries, q_heads, _d = q.shape
+    out = torch.zeros(q.shape, dtype=torch.float64)
+    for b, (keys, values) in enumerate(dense):
+        length = len(keys)
+        for t in range(queries if length else 0):
+            position = length - queries + t
+            first = 0 if window is None else max(position - window + 1, 0)
+            for h in range(q_heads):
+                kv = h * keys.shape[1] // q_heads
+                logits = []
+                for j in range(first, position + 1):
+                    logit = float(q[b, t, h].double() @ keys[j, kv].double()) * k_scale * scale
+                    logit = soft_cap * math.tanh(logit / soft_cap) if soft_cap else logit
+                    logits.append(logit + (0.0 if slopes is None else float(slopes[h]) * (j - position)))
+                top = max([*logits, -math.inf if sinks is None else float(sinks[h])])
+                weights = [math.exp(logit - top) for logit in logits]
+                total = sum(weights) + (0.0 if sinks is None else math.exp(float(sinks[h]) - top))
+                for j, weight in enumerate(weights, first):
+                    out[b, t, h] += weight / total * v_scale * values[j, kv].double()
+    return out
+
+
+OPTIONS = [
+    {},
+    {"window": 5},
+    {"soft_cap": 3.0},
+    {"sinks": True},
+    {"slopes": True},
+    {"window": 20, "soft_cap": 2.0, "sinks": True, "slopes": True},
+    {"k_scale": 0.25, "v_scale": 3.0},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("queries", [1, 3])
+def test_against_softmax_written_out(options, queries):
+    q, k_cache, v_cache, table, lengths, dense = step([0, 3, 16, 37], queries=queries)
+    options = dict(options)
+    if options.get("sinks"):
+        options["sinks"] = torch.randn(4)
+    if slopes := options.pop("slopes", None):
+        slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625])
+    expected = written_out(q, dense, scale=0.125, slopes=slopes, **options)
+    out = paged_decode_reference(q, k_cache, v_cache, table, lengths, scale=0.125, alibi_slopes=slopes, **options)
+    assert out.dtype == torch.float32
+    assert not out[0].any()
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("cache", [E4M3, torch.bfloat16])
+@pytest.mark.parametrize("order", ["nhd", "hnd"])
+@pytest.mark.parametrize("block_size", [16, 128])
+def test_layouts_and_one_query(cache, order, block_size):
+    q, k_cache, v_cache, table, lengths, dense = step([130, 1], block_size=block_size, cache=cache, order=order)
+    expected = written_out(q, dense, scale=0.125)
+    out = paged_decode_reference(q[:, 0], k_cache, v_cache, table, lengths, scale=0.125)
+    torch.testing.assert_close(out.double(), expected[:, 0], rtol=1e-5, atol=1e-5)
+
+
+def test_scales_of_each_token_and_head():
+    k, v = torch.randn(2, 20, 2, 64).mul_(3).bfloat16()
+    k[4, 1] = 0
+    k_cache, v_cache = caches(3, 16, 2, 64)
+    scales = torch.full((2, 3, 16, 2), float("nan"))
+    slots = torch.arange(40, 20, -1)
+    slots[7] = -1
+    write_kv_reference(k, v, k_cache, v_cache, slots, k_scale=scales[0], v_scale=scales[1])
+    expected = fp8.quantize(k, granularity="token")
+    for i, slot in enumerate(slots.tolist()):
+        block, position = divmod(slot, 16)
+        if slot >= 0:
+            assert torch.equal(k_cache[block, position].float(), expected.data[i].float())
+            assert torch.equal(scales[0][block, position], expected.scale[i, :, 0])
+    unused = {*range(48)} - set(slots.tolist())
+    for slot in unused:
+        assert k_cache[divmod(slot, 16)].float().isnan().all()
+        assert scales[:, slot // 16, slot % 16].isnan().all()
+    table, length = torch.tensor([[1, 2]], dtype=torch.int32), torch.tensor([20], dtype=torch.int32)
+    at = torch.arange(16, 36)
+    write_kv_reference(k, v, k_cache, v_cache, at, k_scale=scales[0], v_scale=scales[1])
+    q = torch.randn(1, 4, 64).bfloat16()
+    dense = [[fp8.dequantize(fp8.quantize(x, granularity="token")) for x in (k, v)]]
+    out = paged_decode_reference(q, k_cache, v_cache, table, length, scale=0.125, k_scale=scales[0], v_scale=scales[1])
+    torch.testing.assert_close(out.double(), written_out(q[:, None], dense, scale=0.125)[:, 0], rtol=1e-5, atol=1e-5)
+
+
+def test_new_keys_and_values_saturate_and_keep_nan():
+    k_cache, v_cache = caches(1, 16, 1, 64, fill=0.0)
+    k, v = torch.full((1, 1, 64), 1000.0).bfloat16(), torch.full((1, 1, 64), 3.0).bfloat16()
+    v[0, 0, 5] = float("nan")
+    write_kv_reference(k, v, k_cache, v_cache, torch.tensor([9]), k_scale=2.0, v_scale=torch.tensor(0.5))
+    assert (k_cache[0, 9].float() == 448).all()
+    assert v_cache[0, 9, 0, 5].isnan()
+    assert (v_cache[0, 9, 0, :5].float() == 6).all()
+    assert not k_cache[0, :9].float().any()
+
+
+def test_a_length_that_is_none():
+    q, k_cache, v_cache, table, lengths, _ = step([37], queries=3)
+    for length in (-1, 2, 65):
+        with pytest.raises(
+            ValueError, match=rf"seq_lens\[0\] is {length}; it must be 0, or from 3 to what 4 blocks of 16"
+        ):
+            paged_decode_reference(q, k_cache, v_cache, table, torch.full_like(lengths, length), scale=1.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.zeros(1, 4, 64)}, r"q is torch.float32 \[1, 4, 64\]; supported: bfloat16, float16"),
+        ({"q": torch.zeros(1, 3, 64).bfloat16()}, "Hq a multiple of Hkv, up to 16 times it"),
+        ({"q": torch.zeros(1, 4, 96).bfloat16()}, "D must be the same"),
+        ({"q": torch.zeros(1, 34, 64).bfloat16()}, "up to 16 times it"),
+        ({"q": torch.zeros(1, 9, 4, 64).bfloat16()}, "q has 9 tokens of each sequence; supported: 1 to 8"),
+        ({"k_cache": torch.zeros(5, 24, 2, 64).to(E4M3)}, "the caches are"),
+        (
+            {"caches": torch.zeros(5, 24, 2, 64).to(E4M3)},
+            "blocks of 16, 32, 64, 128 tokens, heads of 64, 96, 128, 192, 256",
+        ),
+        ({"caches": torch.zeros(5, 16, 2, 64)}, "supported: float8_e4m3fn, bfloat16, float16"),
+        ({"caches": torch.zeros(5, 16, 2, 64).half()}, "it must be the same, or float8_e4m3fn"),
+        ({"caches": torch.zeros(5, 16, 64, 2).to(E4M3).transpose(2, 3)}, "the last must be 1"),
+        ({"block_table": torch.zeros(1, 4, dtype=torch.int64)}, "block_table is torch.int64"),
+        (
+            {"seq_lens": torch.zeros(2, dtype=torch.int32)},
+            r"seq_lens is torch.int32 \[2\]; it must be int32 with 1 rows",
+        ),
+        ({"sinks": torch.zeros(2)}, r"sinks is torch.float32 \[2\]; it must be float32 \[4\]"),
+        ({"alibi_slopes": torch.zeros(4).half()}, "alibi_slopes is torch.float16"),
+        ({"window": 0}, "window is 0; it must be 1 or more, or None"),
+        ({"soft_cap": -1.0}, "soft_cap is -1.0"),
+        ({"k_scale": 0.0}, "k_scale is 0.0; it must be positive and finite"),
+        ({"v_scale": torch.ones(5, 16)}, r"v_scale is torch.float32 \[5, 16\]"),
+        ({"sinks": torch.zeros(4, device="meta")}, "the tensors are on cpu and meta; they must be on one device"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else ",".join(value),
+)
+def test_what_does_not_fit_is_refused(change, message):
+    q, k_cache, v_cache, table, lengths, _ = step([37])
+    given = {
+        "q": q[:, 0],
+        "k_cache": k_cache,
+        "v_cache": v_cache,
+        "block_table": table,
+        "seq_lens": lengths,
+        "scale": 1.0,
+    }
+    if "caches" in change:
+        change = {"k_cache": change["caches"], "v_cache": change["caches"]}
+    with pytest.raises(ValueError, match=message):
+        paged_decode_reference(**given | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"k": torch.zeros(2, 2, 96).bfloat16()},
+            r"they must be bfloat16 or float16 \[N, 2, 64\], as the cache has it",
+        ),
+        ({"v": torch.zeros(2, 2, 64).half()}, "k is torch.bfloat16, v torch.float16"),
+        (
+            {"slot_mapping": torch.zeros(2, dtype=torch.int32)},
+            r"slot_mapping is torch.int32 \[2\]; it must be int64 \[2\]",
+        ),
+        ({"k_scale": torch.ones(1, dtype=torch.float32)}, "k_scale is"),
+        ({"k_scale": float("inf")}, "k_scale is inf"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else ",".join(value),
+)
+def test_what_cannot_be_written_is_refused(change, message):
+    k_cache, v_cache = caches(1, 16, 2, 64)
+    k = torch.zeros(2, 2, 64).bfloat16()
+    given = {"k": k, "v": k, "k_cache": k_cache, "v_cache": v_cache, "slot_mapping": torch.arange(2)}
+    with pytest.raises(ValueError, match=message):
+        write_kv_reference(**given | change)
+    assert k_cache.float().isnan().all()
+
+
+def test_only_eight_bits_have_scales():
+    k_cache, v_cache = caches(1, 16, 1, 64, dtype=torch.bfloat16)
+    k = torch.zeros(1, 1, 64).bfloat16()
+    with pytest.raises(ValueError, match=r"v_scale is given, and the cache is torch\.bfloat16"):
+        write_kv_reference(k, k, k_cache, v_cache, torch.tensor([0]), v_scale=2.0)
