@@ -131,8 +131,12 @@ def _check_scales(k_cache: Tensor, *scales: Scale) -> None:
                 raise ValueError(
                     f"{name} is {scale.dtype} {list(scale.shape)}; it must be float32, [] or {list(by_token)}"
                 )
+            if not scale.is_contiguous():
+                raise ValueError(f"{name} has strides {scale.stride()}; it must be contiguous")
         elif not 0 < scale < math.inf:
             raise ValueError(f"{name} is {scale}; it must be positive and finite")
+    if len({scale.dim() if isinstance(scale, Tensor) else -1 for scale in scales}) > 1:
+        raise ValueError("k_scale and v_scale must be alike: numbers, [], or for each token and head")
 
 
 def _same_device(*arguments: Scale | Tensor | None) -> None:

@@ -4,40 +4,10 @@ import math
 
 import pytest
 import torch
+from paged_step import E4M3, OPTIONS, caches, step
 
 from adallm import fp8
 from adallm.attention import paged_decode_reference, write_kv_reference
-
-E4M3 = torch.float8_e4m3fn
-
-
-def caches(blocks, block_size, heads, d, *, dtype=E4M3, order="nhd", fill=float("nan")):
-    """Two caches full of NaN, ``[blocks, block_size, heads, d]``, the heads or the tokens outside in memory."""
-    shape = (blocks, block_size, heads, d) if order == "nhd" else (blocks, heads, block_size, d)
-    made = [torch.full(shape, fill).to(dtype) for _ in range(2)]
-    return made if order == "nhd" else [cache.transpose(1, 2) for cache in made]
-
-
-def step(
-    lengths, *, q_heads=4, kv_heads=2, d=64, block_size=16, queries=1, dtype=torch.bfloat16, cache=E4M3, order="nhd"
-):
-    """A cache with what the lengths say in shuffled blocks, NaN everywhere else, and the keys and values in FP32."""
-    generator = torch.Generator().manual_seed(0)
-    needed = [-(-length // block_size) for length in lengths]
-    k_cache, v_cache = caches(sum(needed) + 3, block_size, kv_heads, d, dtype=cache, order=order)
-    free = (torch.randperm(sum(needed) + 3, generator=generator)).tolist()
-    table = torch.full((len(lengths), max([*needed, 1]) + 1), -7, dtype=torch.int32)
-    dense = []
-    for b, (length, count) in enumerate(zip(lengths, needed, strict=True)):
-        table[b, :count] = torch.tensor([free.pop() for _ in range(count)], dtype=torch.int32)
-        k, v = torch.randn(2, length, kv_heads, d, generator=generator).to(dtype)
-        at = torch.arange(length)
-        slots = table[b].long()[at // block_size] * block_size + at % block_size
-        write_kv_reference(k, v, k_cache, v_cache, slots)
-        stored = [fp8.to_e4m3(x.float()).float() if cache == E4M3 else x.float() for x in (k, v)]
-        dense.append(stored)
-    q = torch.randn(len(lengths), queries, q_heads, d, generator=generator).to(dtype)
-    return q, k_cache, v_cache, table, torch.tensor(lengths, dtype=torch.int32), dense
 
 
 def written_out(q, dense, *, scale, window=None, soft_cap=0.0, sinks=None, slopes=None, k_scale=1.0, v_scale=1.0):
@@ -62,17 +32,6 @@ def written_out(q, dense, *, scale, window=None, soft_cap=0.0, sinks=None, slope
                 for j, weight in enumerate(weights, first):
                     out[b, t, h] += weight / total * v_scale * values[j, kv].double()
     return out
-
-
-OPTIONS = [
-    {},
-    {"window": 5},
-    {"soft_cap": 3.0},
-    {"sinks": True},
-    {"slopes": True},
-    {"window": 20, "soft_cap": 2.0, "sinks": True, "slopes": True},
-    {"k_scale": 0.25, "v_scale": 3.0},
-]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -132,7 +91,7 @@ def test_new_keys_and_values_saturate_and_keep_nan():
     k_cache, v_cache = caches(1, 16, 1, 64, fill=0.0)
     k, v = torch.full((1, 1, 64), 1000.0).bfloat16(), torch.full((1, 1, 64), 3.0).bfloat16()
     v[0, 0, 5] = float("nan")
-    write_kv_reference(k, v, k_cache, v_cache, torch.tensor([9]), k_scale=2.0, v_scale=torch.tensor(0.5))
+    write_kv_reference(k, v, k_cache, v_cache, torch.tensor([9]), k_scale=2.0, v_scale=0.5)
     assert (k_cache[0, 9].float() == 448).all()
     assert v_cache[0, 9, 0, 5].isnan()
     assert (v_cache[0, 9, 0, :5].float() == 6).all()
@@ -219,6 +178,15 @@ def test_what_cannot_be_written_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         write_kv_reference(**given | change)
     assert k_cache.float().isnan().all()
+
+
+def test_scales_of_one_kind():
+    given = step([37])[:5]
+    with pytest.raises(ValueError, match="k_scale and v_scale must be alike"):
+        paged_decode_reference(*given, scale=1.0, k_scale=torch.tensor(1.0), v_scale=1.0)
+    scales = torch.ones(16, 2, given[1].shape[0]).permute(2, 0, 1)
+    with pytest.raises(ValueError, match=r"k_scale has strides .* it must be contiguous"):
+        paged_decode_reference(*given, scale=1.0, k_scale=scales, v_scale=scales)
 
 
 def test_only_eight_bits_have_scales():

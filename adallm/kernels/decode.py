@@ -1,0 +1,347 @@
+"""Decode attention over a paged KV cache, ``adallm/attention.py`` in one launch.
+
+Work is counted in steps of ``N`` tokens of one sequence and one KV head, whose query heads, and the query tokens of a
+sequence, are the rows of one tile. A fixed number of programs shares the steps of all sequences evenly, whatever the
+lengths are at the time: one long sequence is split among all programs, and many short ones are several to each. Each
+program sums up the lengths itself, so that a CUDA graph keeps working when they change.
+
+A program goes through its steps backwards. Of a tile that another program ends it leaves maxima and sums in the
+workspace; the one that ends a tile waits for those before it, which were launched before it, and adds theirs in order.
+
+Numerics: with an E4M3 cache, which is exact in FP16, a query row is brought to FP16 by a power of two, exactly but for
+values below 2^-14 of the row's largest; 16-bit caches are multiplied as they are. Logits and sums are FP32, the softmax
+is online (arXiv 1805.02867) and in base 2. Weights are rounded to 16 bits before they meet the values. Scales enter the
+logits and, those of each token, the exponents of the weights, so that both stay below 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from adallm.paged import Scale, Shape
+
+
+@triton.jit
+def _decode_rows(q, q_t, q_h, T: tl.constexpr, G: tl.constexpr, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+    row = tl.arange(0, M)
+    d = tl.arange(0, DP)
+    at = (row // G)[:, None] * q_t + (row % G)[:, None] * q_h + d[None, :]
+    return tl.load(q + at, mask=(row < T * G)[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _halves(x):
+    """Rows of x as FP16 times a power of two, and that power."""
+    x = x.to(tl.float32)
+    exponent = (tl.max(tl.abs(x), axis=1).to(tl.int32, bitcast=True) >> 23) & 0xFF
+    down = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    return (x * down[:, None]), (exponent << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _merged(m, top, total, acc, m_2, top_2, total_2, acc_2):
+    """Two parts of a softmax: maxima of the logits and of the weights' exponents, sums and weighted values."""
+    m_3 = tl.maximum(m, m_2)
+    at = tl.where(m_3 == float("-inf"), 0.0, m_3)
+    total = total * tl.exp2(m - at) + total_2 * tl.exp2(m_2 - at)
+    top_3 = tl.maximum(top, top_2)
+    at = tl.where(top_3 == float("-inf"), 0.0, top_3)
+    acc = acc * tl.exp2(top - at)[:, None] + acc_2 * tl.exp2(top_2 - at)[:, None]
+    return m_3, top_3, total, acc
+
+
+@triton.jit(do_not_specialize=["batch", "scale", "soft_cap", "window"])
+def paged_decode_kernel(
+    q,
+    k_cache,
+    v_cache,
+    table,
+    lengths,
+    k_scale,
+    v_scale,
+    sinks,
+    slopes,
+    out,
+    partial,
+    arrivals,
+    batch,
+    heads,
+    q_b,
+    q_t,
+    q_h,
+    k_b,
+    k_t,
+    k_h,
+    v_b,
+    v_t,
+    v_h,
+    table_b,
+    out_b,
+    out_t,
+    out_h,
+    scale,
+    soft_cap,
+    window,
+    T: tl.constexpr,
+    G: tl.constexpr,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    N: tl.constexpr,
+    BATCH: tl.constexpr,
+    EIGHT: tl.constexpr,
+    SCALES: tl.constexpr,
+    CAP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    LOG2E: tl.constexpr = 1.4426950408889634
+    i = tl.arange(0, BATCH)
+    length = tl.load(lengths + i, mask=i < batch, other=0)
+    # The first step that any query token of a sequence sees, and how many there are; an empty sequence has one.
+    skipped = (tl.maximum(length - T - window + 1, 0) // N) if WINDOW else length * 0
+    steps = tl.where(i < batch, tl.maximum((length + N - 1) // N - skipped, 1), 0)
+    ends = tl.cumsum(steps * heads)
+    all_steps = tl.sum(steps * heads)
+    # No program has less than a step: those that wait count on each before them.
+    programs = tl.minimum(tl.num_programs(0), all_steps)
+    share = all_steps // programs
+    more = all_steps - share * programs
+    start = pid * share + pid * more // programs
+    stop = tl.where(pid < programs, (pid + 1) * share + (pid + 1) * more // programs, start)
+    row = tl.arange(0, M)
+    d = tl.arange(0, DP)
+    token = row // G
+    size: tl.constexpr = M * (DP + 3)
+    while stop > start:
+        b = tl.sum((ends <= stop - 1).to(tl.int32))
+        of_b = i == b
+        count = tl.sum(tl.where(of_b, steps, 0))
+        before = tl.sum(tl.where(of_b, ends, 0)) - count * heads
+        tokens = tl.sum(tl.where(of_b, length, 0))
+        first_step = tl.sum(tl.where(of_b, skipped, 0))
+        h = (stop - 1 - before) // count
+        tile = before + h * count
+        begin, end = tl.maximum(start - tile, 0), stop - tile
+
+        rows = _decode_rows(q + b.to(tl.int64) * q_b + h * G * q_h, q_t, q_h, T, G, M, D, DP)
+        if EIGHT:
+            rows, power = _halves(rows)
+            factor = power * scale
+            if FAST:
+                rows = rows.to(tl.float16)
+        else:
+            factor = tl.full([M], 1.0, tl.float32) * scale
+            if not FAST:
+                rows = rows.to(tl.float32)
+        if SCALES == "number":
+            factor *= k_scale
+        elif SCALES == "tensor":
+            factor *= tl.load(k_scale)
+        position = tokens - T + token
+        if slopes is not None:
+            slope = tl.load(slopes + h * G + row % G) * LOG2E
+        m = tl.full([M], float("-inf"), tl.float32)
+        top = tl.full([M], float("-inf"), tl.float32)
+        total = tl.zeros([M], tl.float32)
+        acc = tl.zeros([M, DP], tl.float32)
+        for step in range(begin, end):
+            j = (first_step + step) * N + tl.arange(0, N)
+            there = j < tokens
+            if WINDOW:
+                there = there & (j > tokens - T - window)
+            block = tl.load(table + b.to(tl.int64) * table_b + j // BLOCK, mask=there, other=0).to(tl.int64)
+            inside = there[:, None] & (d < D)[None, :]
+            keys = tl.load(
+                k_cache + (block * k_b + (j % BLOCK) * k_t + h * k_h)[:, None] + d[None, :], mask=inside, other=0.0
+            )
+            values = tl.load(
+                v_cache + (block * v_b + (j % BLOCK) * v_t + h * v_h)[:, None] + d[None, :], mask=inside, other=0.0
+            )
+            if FAST and EIGHT:
+                keys, values = keys.to(tl.float16), values.to(tl.float16)
+            elif not FAST:
+                keys, values = keys.to(tl.float32), values.to(tl.float32)
+            logits = tl.dot(rows, tl.trans(keys), input_precision="ieee") * factor[:, None]
+            if SCALES == "token":
+                at = (block * BLOCK + j % BLOCK) * heads + h
+                logits *= tl.load(k_scale + at, mask=there, other=1.0)[None, :]
+                weight = tl.log2(tl.load(v_scale + at, mask=there, other=1.0))
+            if CAP:
+                # tanh
+                logits = soft_cap * (1.0 - 2.0 / (tl.exp2(logits * (2.0 * LOG2E / soft_cap)) + 1.0))
+            logits *= LOG2E
+            distance = j[None, :] - position[:, None]
+            if slopes is not None:
+                logits += slope[:, None] * distance
+            seen = there[None, :] & (distance <= 0)
+            if WINDOW:
+                seen = seen & (distance > -window)
+            logits = tl.where(seen, logits, float("-inf"))
+            m_2 = tl.maximum(m, tl.max(logits, axis=1))
+            at_m = tl.where(m_2 == float("-inf"), 0.0, m_2)
+            shrink = tl.exp2(m - at_m)
+            weights = tl.exp2(logits - at_m[:, None])
+            total = total * shrink + tl.sum(weights, axis=1)
+            m = m_2
+            if SCALES == "token":
+                logits = logits + weight[None, :]
+                top_2 = tl.maximum(top, tl.max(logits, axis=1))
+                at_m = tl.where(top_2 == float("-inf"), 0.0, top_2)
+                shrink = tl.exp2(top - at_m)
+                weights = tl.exp2(logits - at_m[:, None])
+                top = top_2
+            else:
+                top = m
+            acc = acc * shrink[:, None]
+            acc = tl.dot(weights.to(values.dtype), values, acc, input_precision="ieee")
+
+        mine = partial + pid * size
+        if end < count:
+            tl.store(mine + row[:, None] * DP + d[None, :], acc)
+            tl.store(mine + M * DP + row, m)
+            tl.store(mine + M * (DP + 1) + row, top)
+            tl.store(mine + M * (DP + 2) + row, total)
+            tl.debug_barrier()
+            tl.atomic_add(arrivals + b * heads + h, 1, sem="release")
+        else:
+            if begin > 0:
+                lowest = (((tile + 1).to(tl.int64) * programs - 1) // all_steps).to(tl.int32)
+                while tl.atomic_add(arrivals + b * heads + h, 0, sem="acquire") < pid - lowest:
+                    pass
+                for p in range(lowest, pid):
+                    theirs = partial + p * size
+                    m, top, total, acc = _merged(
+                        m,
+                        top,
+                        total,
+                        acc,
+                        tl.load(theirs + M * DP + row, cache_modifier=".cg"),
+                        tl.load(theirs + M * (DP + 1) + row, cache_modifier=".cg"),
+                        tl.load(theirs + M * (DP + 2) + row, cache_modifier=".cg"),
+                        tl.load(theirs + row[:, None] * DP + d[None, :], cache_modifier=".cg"),
+                    )
+                tl.debug_barrier()
+                tl.store(arrivals + b * heads + h, 0)
+            if sinks is not None:
+                sink = tl.load(sinks + h * G + row % G) * LOG2E
+                m_2 = tl.maximum(m, sink)
+                total = total * tl.exp2(m - m_2) + tl.exp2(sink - m_2)
+                m = m_2
+            # Nothing seen: an empty sequence.
+            some = total > 0
+            norm = tl.where(some, tl.exp2(top - tl.where(some, m, 0.0)) / tl.where(some, total, 1.0), 0.0)
+            if SCALES == "number":
+                norm *= v_scale
+            elif SCALES == "tensor":
+                norm *= tl.load(v_scale)
+            result = acc * norm[:, None]
+            at = b.to(tl.int64) * out_b + token[:, None] * out_t + (h * G + row % G)[:, None] * out_h + d[None, :]
+            tl.store(out + at, result.to(out.dtype.element_ty), mask=(row < T * G)[:, None] & (d < D)[None, :])
+        stop = tl.maximum(start, tile)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A launch.
+
+    Attributes:
+        n: tokens of a step, a power of two.
+        warps: warps in a block.
+        stages: steps in flight.
+        programs: blocks for each multiprocessor, which share all steps.
+    """
+
+    n: int
+    warps: int
+    stages: int
+    programs: int
+
+
+def rows(shape: Shape) -> int:
+    """Rows of a tile: query tokens times the query heads of a KV head, a power of two from 16 up."""
+    return max(triton.next_power_of_2(shape.queries * (shape.q_heads // shape.kv_heads)), 16)
+
+
+def workspace_floats(shape: Shape, programs: int) -> int:
+    """FP32 numbers of the workspace in which ``programs`` blocks leave parts of tiles."""
+    return programs * rows(shape) * (triton.next_power_of_2(shape.head_size) + 3)
+
+
+def launch(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    out: Tensor,
+    shape: Shape,
+    config: Config,
+    *,
+    programs: int,
+    partial: Tensor,
+    arrivals: Tensor,
+    scale: float,
+    k_scale: Scale = 1.0,
+    v_scale: Scale = 1.0,
+    window: int | None = None,
+    soft_cap: float = 0.0,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+) -> None:
+    """``paged_decode`` of arguments that ``check_decode`` has seen, with ``shape`` from there.
+
+    Args:
+        q, out: ``[B, T, Hq, D]``, stride 1 along D.
+        programs: blocks of the launch.
+        partial: float32, at least ``workspace_floats(shape, programs)``.
+        arrivals: int32, at least B * Hkv zeros; zero again after.
+    """
+    kind = "number"
+    if isinstance(k_scale, Tensor):
+        kind = "token" if k_scale.dim() else "tensor"
+    paged_decode_kernel[(programs,)](
+        q,
+        k_cache,
+        v_cache,
+        block_table,
+        seq_lens,
+        k_scale,
+        v_scale,
+        sinks,
+        alibi_slopes,
+        out,
+        partial,
+        arrivals,
+        shape.batch,
+        shape.kv_heads,
+        *q.stride()[:3],
+        *k_cache.stride()[:3],
+        *v_cache.stride()[:3],
+        block_table.stride(0),
+        *out.stride()[:3],
+        scale,
+        float(soft_cap),
+        window or 0,
+        T=shape.queries,
+        G=shape.q_heads // shape.kv_heads,
+        M=rows(shape),
+        D=shape.head_size,
+        DP=triton.next_power_of_2(shape.head_size),
+        BLOCK=shape.block_size,
+        N=config.n,
+        BATCH=triton.next_power_of_2(shape.batch),
+        EIGHT=k_cache.itemsize == 1,
+        SCALES=kind,
+        CAP=soft_cap > 0,
+        WINDOW=window is not None,
+        FAST=q.device.type != "cpu",
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )

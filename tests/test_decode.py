@@ -1,0 +1,134 @@
+"""``kernels/decode.py`` against the reference: interpreted on a CPU, compiled on a GPU."""
+
+import pytest
+import torch
+from paged_step import E4M3, OPTIONS, caches, step
+
+from adallm.attention import paged_decode_reference, write_kv_reference
+from adallm.kernels import decode, write_kv
+from adallm.kernels.decode import Config
+from adallm.paged import check_decode
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def run(q, k_cache, v_cache, table, lengths, *, programs, n=16, dtype=None, **options):
+    names = ("window", "soft_cap", "sinks", "alibi_slopes")
+    k_scale, v_scale = options.get("k_scale", 1.0), options.get("v_scale", 1.0)
+    checked = [options.get(name, 0.0 if name == "soft_cap" else None) for name in names]
+    shape = check_decode(q, k_cache, v_cache, table, lengths, k_scale, v_scale, *checked)
+    out = torch.full_like(q, float("nan"))
+    partial = torch.full((decode.workspace_floats(shape, programs),), float("nan"), device=q.device)
+    arrivals = torch.zeros(shape.batch * shape.kv_heads, dtype=torch.int32, device=q.device)
+    config = Config(n, 4, 3, 1)
+    given = {"programs": programs, "partial": partial, "arrivals": arrivals, "scale": q.shape[-1] ** -0.5}
+    decode.launch(q, k_cache, v_cache, table, lengths, out, shape, config, **given, **options)
+    assert not arrivals.any()
+    return out
+
+
+def error(out, expected):
+    return float((out.double() - expected.double()).norm() / expected.double().norm())
+
+
+def prepared(options, q_heads=4):
+    options = dict(options)
+    if options.pop("sinks", None):
+        options["sinks"] = torch.randn(q_heads, device=DEVICE)
+    if options.pop("slopes", None):
+        options["alibi_slopes"] = torch.tensor([2.0 ** -(h + 1) for h in range(q_heads)], device=DEVICE)
+    return options
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("programs", [1, 5, 64])
+def test_against_the_reference(options, queries, programs):
+    given = [x.to(DEVICE) for x in step([0, 3, 16, 37, 150], queries=queries)[:5]]
+    options = prepared(options)
+    expected = paged_decode_reference(*given, scale=64**-0.5, **options)
+    assert error(run(*given, programs=programs, **options), expected) <= 4e-3
+
+
+@pytest.mark.parametrize("cache", [E4M3, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("d", "block_size"), [(64, 32), (96, 16), (128, 64), (192, 16), (256, 128)])
+def test_heads_blocks_and_dtypes(cache, d, block_size):
+    dtype = torch.float16 if cache == torch.float16 else torch.bfloat16
+    order = "hnd" if d in (96, 256) else "nhd"
+    given = step([70, 1, 33], d=d, block_size=block_size, cache=cache, dtype=dtype, order=order)[:5]
+    given = [x.to(DEVICE) for x in given]
+    expected = paged_decode_reference(*given, scale=d**-0.5)
+    assert error(run(*given, programs=4, n=32), expected) <= 4e-3
+
+
+@pytest.mark.parametrize(("q_heads", "kv_heads"), [(1, 1), (3, 3), (6, 2), (16, 1), (32, 2)])
+@pytest.mark.parametrize("queries", [1, 8])
+def test_query_heads_of_a_kv_head(q_heads, kv_heads, queries):
+    given = [x.to(DEVICE) for x in step([40, 9], q_heads=q_heads, kv_heads=kv_heads, queries=queries)[:5]]
+    expected = paged_decode_reference(*given, scale=0.125)
+    assert error(run(*given, programs=3), expected) <= 4e-3
+
+
+def test_scales_of_each_token_and_head():
+    k, v = torch.randn(2, 40, 2, 64).mul_(torch.exp2(torch.randint(-12, 4, (2, 40, 2, 1)).float())).bfloat16()
+    k_cache, v_cache = caches(4, 16, 2, 64)
+    scales = torch.full((2, 4, 16, 2), float("nan"))
+    write_kv_reference(k, v, k_cache, v_cache, torch.arange(16, 56), k_scale=scales[0], v_scale=scales[1])
+    q, table = torch.randn(1, 1, 4, 64).bfloat16(), torch.tensor([[1, 2, 3, -5]], dtype=torch.int32)
+    lengths = torch.tensor([40], dtype=torch.int32)
+    given = [x.to(DEVICE) for x in (q, k_cache, v_cache, table, lengths)]
+    options = {"k_scale": scales[0].to(DEVICE), "v_scale": scales[1].to(DEVICE)}
+    expected = paged_decode_reference(*given, scale=0.125, **options)
+    for programs in (1, 3):
+        assert error(run(*given, programs=programs, **options), expected) <= 4e-3
+    scalar = {"k_scale": torch.tensor(0.5, device=DEVICE), "v_scale": torch.tensor(2.0, device=DEVICE)}
+    expected = paged_decode_reference(*given, scale=0.125, **scalar)
+    assert error(run(*given, programs=2, **scalar), expected) <= 4e-3
+
+
+def test_the_same_for_any_number_of_programs_but_rounding_and_from_run_to_run():
+    given = [x.to(DEVICE) for x in step([500, 0, 20, 77])[:5]]
+    first = run(*given, programs=1)
+    for programs in (2, 7, 50):
+        out = run(*given, programs=programs)
+        assert torch.equal(out, run(*given, programs=programs))
+        assert error(out, first) <= 4e-3
+
+
+def test_queries_far_from_one():
+    q, *rest = step([60, 5])[:5]
+    q = (q.float() * torch.tensor([2.0**-60, 2.0**40, 1.0, 0.0])[:, None]).bfloat16()
+    given = [x.to(DEVICE) for x in (q, *rest)]
+    expected = paged_decode_reference(*given, scale=0.125)
+    assert error(run(*given, programs=2), expected) <= 4e-3
+
+
+@pytest.mark.parametrize("kind", ["number", "tensor", "token", "16 bits"])
+@pytest.mark.parametrize(("heads", "d", "order"), [(1, 64, "nhd"), (3, 96, "hnd"), (8, 128, "nhd")])
+def test_keys_and_values_are_written_as_the_reference_does(kind, heads, d, order):
+    cache = torch.bfloat16 if kind == "16 bits" else E4M3
+    k, v = torch.randn(2, 20, heads, 2 * d).mul(300).bfloat16().to(DEVICE)[..., :d]
+    k[3, 0] = 0
+    slots = torch.randperm(48)[:20].to(DEVICE)
+    slots[5] = -1
+    found = []
+    for write in (write_kv_reference, write_kv.launch):
+        both = [x.to(DEVICE) for x in caches(3, 16, heads, d, dtype=cache, order=order)]
+        scales = torch.full((2, 3, 16, heads), -1.0, device=DEVICE)
+        given = {
+            "number": {"k_scale": 0.7, "v_scale": 3.0},
+            "tensor": {"k_scale": torch.tensor(0.7, device=DEVICE), "v_scale": torch.tensor(3.0, device=DEVICE)},
+            "token": {"k_scale": scales[0], "v_scale": scales[1]},
+            "16 bits": {},
+        }[kind]
+        write(k, v, *both, slots, **given)
+        found.append((*both, scales))
+    for ours, reference in zip(*found, strict=True):
+        assert torch.equal(ours.float().nan_to_num(-7.0), reference.float().nan_to_num(-7.0))
+
+
+def test_nothing_to_write():
+    k_cache, v_cache = (x.to(DEVICE) for x in caches(1, 16, 2, 64))
+    k = torch.zeros(0, 2, 64, device=DEVICE).bfloat16()
+    write_kv.launch(k, k, k_cache, v_cache, torch.zeros(0, dtype=torch.int64, device=DEVICE))
+    assert k_cache.float().isnan().all()
