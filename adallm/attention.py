@@ -1,4 +1,4 @@
-"""Decode attention over a paged KV cache: the reference, in FP32 and plain torch.
+"""Decode attention over a paged KV cache: on a CUDA GPU the Triton kernels, elsewhere the reference in FP32.
 
 A cache holds the keys, or the values, of one layer: ``[num_blocks, block_size, Hkv, D]`` with any strides, so that
 block-major NHD and HND are both views of this shape. Slot ``s`` is block ``s // block_size``, position
@@ -23,12 +23,138 @@ Sources: PagedAttention (arXiv 2309.06180), sliding windows (2310.06825), soft c
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from adallm import fp8
-from adallm.paged import Scale, check_decode, check_write
+from adallm.paged import Scale, Shape, check_decode, check_write
+
+
+@dataclass(frozen=True, eq=False)
+class Workspace:
+    """What blocks of a decode step leave to each other; one for each stream, used again from step to step.
+
+    Attributes:
+        partial: float32.
+        arrivals: int32, zeros between steps.
+    """
+
+    partial: Tensor
+    arrivals: Tensor
+
+    @classmethod
+    def of(cls, q: Tensor, k_cache: Tensor) -> Workspace:
+        """Large enough for steps with up to as many sequences, queries, heads and columns as these have.
+
+        Args:
+            q: ``[B, Hq, D]`` or ``[B, T, Hq, D]``, on a CUDA GPU.
+            k_cache: ``[num_blocks, block_size, Hkv, D]``.
+        """
+        from adallm.kernels import decode
+
+        shape = Shape.of(q, k_cache)
+        size = decode.workspace_floats(shape, decode.programs(shape, q.device))
+        return cls(
+            torch.empty(size, dtype=torch.float32, device=q.device),
+            torch.zeros(shape.batch * shape.kv_heads, dtype=torch.int32, device=q.device),
+        )
+
+
+def write_kv(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    *,
+    k_scale: Scale = 1.0,
+    v_scale: Scale = 1.0,
+) -> None:
+    """``write_kv_reference``, by one kernel on a CUDA GPU, where no slot is looked at: it must be -1 or in the cache.
+
+    Raises:
+        ValueError: as ``write_kv_reference``; on a CUDA GPU k or v with a stride other than 1 along D.
+    """
+    if not k.is_cuda:
+        write_kv_reference(k, v, k_cache, v_cache, slot_mapping, k_scale=k_scale, v_scale=v_scale)
+        return
+    check_write(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
+    if k.stride(2) != 1 or v.stride(2) != 1:
+        raise ValueError(f"k and v have strides {k.stride()} and {v.stride()}; the last must be 1")
+    from adallm.kernels import write_kv as kernel
+
+    with torch.cuda.device_of(k):
+        kernel.launch(k, v, k_cache, v_cache, slot_mapping, k_scale=k_scale, v_scale=v_scale)
+
+
+def paged_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    *,
+    scale: float,
+    k_scale: Scale = 1.0,
+    v_scale: Scale = 1.0,
+    window: int | None = None,
+    soft_cap: float = 0.0,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    out: Tensor | None = None,
+    workspace: Workspace | None = None,
+) -> Tensor:
+    """``paged_decode_reference`` in the dtype of q, by one kernel on a CUDA GPU. It does not look at lengths and
+    blocks: each length must be 0, or from T to what the table holds.
+
+    Args:
+        out: with the shape and dtype of q, stride 1 along D, to write to.
+        workspace: ``Workspace.of`` a step as large; without one, memory is allocated in the call.
+
+    Raises:
+        ValueError: as ``paged_decode_reference``, but for lengths on a CUDA GPU; ``out`` or a ``workspace`` that does
+            not fit.
+    """
+    options = {"window": window, "soft_cap": soft_cap, "sinks": sinks, "alibi_slopes": alibi_slopes}
+    shape = check_decode(q, k_cache, v_cache, block_table, seq_lens, k_scale, v_scale, **options)
+    if out is None:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    elif out.shape != q.shape or out.dtype != q.dtype or out.device != q.device or out.stride(-1) != 1:
+        raise ValueError(
+            f"out is {out.dtype} {list(out.shape)} on {out.device}; it must be {q.dtype} {list(q.shape)} on {q.device}"
+            ", stride 1 along D"
+        )
+    given = options | {"scale": scale, "k_scale": k_scale, "v_scale": v_scale}
+    if not q.is_cuda:
+        return out.copy_(paged_decode_reference(q, k_cache, v_cache, block_table, seq_lens, **given))
+    if q.stride(-1) != 1:
+        raise ValueError(f"q has strides {q.stride()}; the last must be 1")
+    from adallm.kernels import decode
+
+    workspace = workspace or Workspace.of(q, k_cache)
+    programs = decode.programs(shape, q.device)
+    needed = (decode.workspace_floats(shape, programs), shape.batch * shape.kv_heads)
+    had = (workspace.partial.numel(), workspace.arrivals.numel())
+    if had[0] < needed[0] or had[1] < needed[1] or workspace.partial.device != q.device:
+        raise ValueError(f"the workspace has room for {had} numbers on {workspace.partial.device}; it needs {needed}")
+    with torch.cuda.device_of(q):
+        decode.launch(
+            shape.whole(q),
+            k_cache,
+            v_cache,
+            block_table,
+            seq_lens,
+            shape.whole(out),
+            shape,
+            decode.choose(shape),
+            programs=programs,
+            partial=workspace.partial,
+            arrivals=workspace.arrivals,
+            **given,
+        )
+    return out
 
 
 @torch.no_grad()
@@ -111,7 +237,7 @@ def paged_decode_reference(
     shape = check_decode(
         q, k_cache, v_cache, block_table, seq_lens, k_scale, v_scale, window, soft_cap, sinks, alibi_slopes
     )
-    tokens = q.view(shape.batch, shape.queries, shape.q_heads, shape.head_size).float()
+    tokens = shape.whole(q).float()
     out = torch.zeros_like(tokens)
     for b, length in enumerate(seq_lens.tolist()):
         if not 0 <= length <= block_table.shape[1] * shape.block_size or 0 < length < shape.queries:

@@ -33,6 +33,16 @@ class Shape:
     blocks: int
     block_size: int
 
+    @classmethod
+    def of(cls, q: Tensor, k_cache: Tensor) -> Shape:
+        """Of arguments that fit each other."""
+        batch, queries, q_heads, head_size = q.shape if q.dim() == 4 else (q.shape[0], 1, *q.shape[1:])
+        return cls(batch, queries, q_heads, k_cache.shape[2], head_size, *k_cache.shape[:2])
+
+    def whole(self, x: Tensor) -> Tensor:
+        """``x`` with a dimension for the query tokens."""
+        return x if x.dim() == 4 else x[:, None]
+
 
 def check_decode(
     q: Tensor,
@@ -54,8 +64,10 @@ def check_decode(
     """
     if q.dim() not in (3, 4) or q.dtype not in DTYPES:
         raise ValueError(f"q is {q.dtype} {list(q.shape)}; supported: bfloat16, float16 [B, Hq, D] or [B, T, Hq, D]")
-    batch, queries, q_heads, head_size = q.shape if q.dim() == 4 else (q.shape[0], 1, *q.shape[1:])
-    blocks, block_size, kv_heads, _ = _check_caches(k_cache, v_cache)
+    _check_caches(k_cache, v_cache)
+    shape = Shape.of(q, k_cache)
+    batch, queries, q_heads = shape.batch, shape.queries, shape.q_heads
+    kv_heads, head_size = shape.kv_heads, shape.head_size
     if head_size != k_cache.shape[3] or q_heads % kv_heads or not 1 <= q_heads // kv_heads <= MAX_GQA:
         raise ValueError(
             f"q is {list(q.shape)} and the cache {list(k_cache.shape)}; D must be the same, and Hq a multiple of Hkv, "
@@ -80,14 +92,15 @@ def check_decode(
         raise ValueError(f"soft_cap is {soft_cap}; it must be 0 or positive")
     _check_scales(k_cache, k_scale, v_scale)
     _same_device(q, k_cache, v_cache, block_table, seq_lens, sinks, alibi_slopes, k_scale, v_scale)
-    return Shape(batch, queries, q_heads, kv_heads, head_size, blocks, block_size)
+    return shape
 
 
 def check_write(
     k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor, k_scale: Scale, v_scale: Scale
 ) -> None:
     """As ``check_decode``, for new keys and values; slots are not looked at."""
-    _, _, kv_heads, head_size = _check_caches(k_cache, v_cache)
+    _check_caches(k_cache, v_cache)
+    kv_heads, head_size = k_cache.shape[2:]
     if k.shape != v.shape or k.dim() != 3 or k.shape[1:] != (kv_heads, head_size) or k.dtype not in DTYPES:
         raise ValueError(
             f"k is {k.dtype} {list(k.shape)}, v {list(v.shape)}; they must be bfloat16 or float16 [N, {kv_heads}, "
@@ -103,7 +116,7 @@ def check_write(
     _same_device(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
 
 
-def _check_caches(k_cache: Tensor, v_cache: Tensor) -> tuple[int, int, int, int]:
+def _check_caches(k_cache: Tensor, v_cache: Tensor) -> None:
     if k_cache.dim() != 4 or v_cache.shape != k_cache.shape or v_cache.dtype != k_cache.dtype:
         raise ValueError(
             f"the caches are {k_cache.dtype} {list(k_cache.shape)} and {v_cache.dtype} {list(v_cache.shape)}; both "
@@ -118,7 +131,6 @@ def _check_caches(k_cache: Tensor, v_cache: Tensor) -> tuple[int, int, int, int]
         )
     if k_cache.stride(3) != 1 or v_cache.stride(3) != 1:
         raise ValueError(f"the caches have strides {k_cache.stride()} and {v_cache.stride()}; the last must be 1")
-    return tuple(k_cache.shape)
 
 
 def _check_scales(k_cache: Tensor, *scales: Scale) -> None:

@@ -7,7 +7,7 @@ import torch
 from paged_step import E4M3, OPTIONS, caches, step
 
 from adallm import fp8
-from adallm.attention import paged_decode_reference, write_kv_reference
+from adallm.attention import Workspace, paged_decode, paged_decode_reference, write_kv, write_kv_reference
 
 
 def written_out(q, dense, *, scale, window=None, soft_cap=0.0, sinks=None, slopes=None, k_scale=1.0, v_scale=1.0):
@@ -194,3 +194,53 @@ def test_only_eight_bits_have_scales():
     k = torch.zeros(1, 1, 64).bfloat16()
     with pytest.raises(ValueError, match=r"v_scale is given, and the cache is torch\.bfloat16"):
         write_kv_reference(k, k, k_cache, v_cache, torch.tensor([0]), v_scale=2.0)
+
+
+def test_on_a_cpu_the_reference_runs_in_the_dtype_of_the_queries():
+    q, k_cache, v_cache, table, lengths, _ = step([37, 0, 5], queries=2)
+    expected = paged_decode_reference(q, k_cache, v_cache, table, lengths, scale=0.125, window=9)
+    out = torch.full_like(q, float("nan"))
+    given = paged_decode(q, k_cache, v_cache, table, lengths, scale=0.125, window=9, out=out)
+    assert given is out
+    assert torch.equal(out, expected.bfloat16())
+    again = caches(*k_cache.shape)
+    k = torch.randn(3, *k_cache.shape[2:]).bfloat16()
+    write_kv(k, k, *again, torch.tensor([3, -1, 0]))
+    assert torch.equal(again[0][0, 3].float(), fp8.to_e4m3(k[0].float()).float())
+
+
+def test_an_output_that_does_not_fit():
+    given = step([37])[:5]
+    for out in (given[0].float(), given[0][:, 0], torch.empty(1, 1, 64, 4, dtype=torch.bfloat16).mT):
+        with pytest.raises(ValueError, match=r"out is .* it must be torch.bfloat16 \[1, 1, 4, 64\] on cpu"):
+            paged_decode(*given, scale=1.0, out=out)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_kernels_run_in_a_graph_while_lengths_change():
+    q, k_cache, v_cache, table, lengths, _ = (
+        x.cuda() if isinstance(x, torch.Tensor) else x for x in step([400, 0, 70])
+    )
+    workspace, out = Workspace.of(q, k_cache), torch.empty_like(q)
+    paged_decode(q, k_cache, v_cache, table, lengths, scale=0.125, out=out, workspace=workspace)
+    graph = torch.cuda.CUDAGraph()
+    before = torch.cuda.memory_allocated()
+    with torch.cuda.graph(graph):
+        paged_decode(q, k_cache, v_cache, table, lengths, scale=0.125, out=out, workspace=workspace)
+    assert torch.cuda.memory_allocated() == before
+    for now in ([400, 0, 70], [1, 0, 33], [399, 0, 2]):
+        lengths.copy_(torch.tensor(now))
+        graph.replay()
+        expected = paged_decode_reference(q, k_cache, v_cache, table, lengths, scale=0.125)
+        assert float((out.float() - expected).norm() / expected.norm()) <= 4e-3
+        assert not workspace.arrivals.any()
+    with pytest.raises(ValueError, match="the workspace has room for"):
+        paged_decode(
+            q.repeat(2, 1, 1, 1),
+            k_cache,
+            v_cache,
+            table.repeat(2, 1),
+            lengths.repeat(2),
+            scale=1.0,
+            workspace=workspace,
+        )

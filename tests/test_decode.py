@@ -1,5 +1,7 @@
 """``kernels/decode.py`` against the reference: interpreted on a CPU, compiled on a GPU."""
 
+import random
+
 import pytest
 import torch
 from paged_step import E4M3, OPTIONS, caches, step
@@ -93,6 +95,39 @@ def test_the_same_for_any_number_of_programs_but_rounding_and_from_run_to_run():
         out = run(*given, programs=programs)
         assert torch.equal(out, run(*given, programs=programs))
         assert error(out, first) <= 4e-3
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_twenty_sequences_at_random(seed):
+    chosen = random.Random(seed)
+    queries, kv_heads = chosen.choice((1, 1, 2, 4)), chosen.choice((1, 2, 3))
+    q_heads = kv_heads * chosen.choice((1, 2, 4, 5))
+    d, block_size = chosen.choice((64, 64, 96, 128)), chosen.choice((16, 16, 32, 64))
+    lengths = [chosen.choice((0, queries, int(2 ** chosen.uniform(3, 7.5)))) for _ in range(20)]
+    made = step(
+        lengths,
+        q_heads=q_heads,
+        kv_heads=kv_heads,
+        d=d,
+        block_size=block_size,
+        queries=queries,
+        cache=chosen.choice((E4M3, E4M3, torch.bfloat16)),
+        order=chosen.choice(("nhd", "hnd")),
+    )
+    given = [x.to(DEVICE) for x in made[:5]]
+    options = prepared(
+        {
+            "window": chosen.choice((None, None, 1, 17, 64)),
+            "soft_cap": chosen.choice((0.0, 0.0, 5.0)),
+            "sinks": chosen.random() < 0.3,
+            "slopes": chosen.random() < 0.3,
+        },
+        q_heads,
+    )
+    expected = paged_decode_reference(*given, scale=d**-0.5, **options)
+    assert (
+        error(run(*given, programs=chosen.choice((1, 7, 40)), n=chosen.choice((16, 64)), **options), expected) <= 4e-3
+    )
 
 
 def test_queries_far_from_one():

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -262,6 +263,17 @@ class Config:
     warps: int
     stages: int
     programs: int
+
+
+def choose(shape: Shape) -> Config:
+    """The configuration for a step: as many tokens at once as registers allow."""
+    tile = rows(shape) * triton.next_power_of_2(shape.head_size)
+    return Config(64 if tile <= 16 * 128 else 32, 4 if tile <= 32 * 128 else 8, 3, 2)
+
+
+def programs(shape: Shape, device: torch.device) -> int:
+    """Blocks of a launch, the same whatever the lengths are."""
+    return choose(shape).programs * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def rows(shape: Shape) -> int:
