@@ -25,34 +25,42 @@ from torch import Tensor
 
 from adallm.paged import Scale, Shape
 
-
-@triton.jit
-def _decode_rows(q, q_t, q_h, T: tl.constexpr, G: tl.constexpr, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
-    row = tl.arange(0, M)
-    d = tl.arange(0, DP)
-    at = (row // G)[:, None] * q_t + (row % G)[:, None] * q_h + d[None, :]
-    return tl.load(q + at, mask=(row < T * G)[:, None] & (d < D)[None, :], other=0.0)
+# Two pairs of E4M3 -> the first of both in FP16, and the second of both.
+_ASM_PAIRS = tl.constexpr(
+    "{ .reg .b32 p; .reg .b16 a, b; prmt.b32 p, $2, 0, 0x3120; mov.b32 {a, b}, p;\n"
+    "cvt.rn.f16x2.e4m3x2 $0, a; cvt.rn.f16x2.e4m3x2 $1, b; }"
+)
 
 
 @triton.jit
-def _halves(x):
-    """Rows of x as FP16 times a power of two, and that power."""
-    x = x.to(tl.float32)
-    exponent = (tl.max(tl.abs(x), axis=1).to(tl.int32, bitcast=True) >> 23) & 0xFF
-    down = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-    return (x * down[:, None]), (exponent << 23).to(tl.float32, bitcast=True)
+def _pairs(x, FAST: tl.constexpr):
+    """int16 that hold two E4M3 each -> the values of even columns and of odd ones, FP16, or FP32 if not ``FAST``.
+
+    16 bits at a time a tile is loaded, kept and transposed as any other; and there is no order to restore, since both
+    products sum over columns.
+    """
+    if FAST:
+        even, odd = tl.inline_asm_elementwise(
+            _ASM_PAIRS, "=r,=r,r", [x], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
+        )
+    else:
+        even = (x & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float32)
+        odd = ((x >> 8) & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    return even, odd
 
 
 @triton.jit
-def _merged(m, top, total, acc, m_2, top_2, total_2, acc_2):
-    """Two parts of a softmax: maxima of the logits and of the weights' exponents, sums and weighted values."""
+def _exponent(x):
+    return (tl.max(tl.abs(x), axis=1).to(tl.int32, bitcast=True) >> 23) & 0xFF
+
+
+@triton.jit
+def _merged(m, total, m_2, total_2):
+    """Maximum and sum of two parts of a softmax, and what each part's own terms are to be multiplied by."""
     m_3 = tl.maximum(m, m_2)
     at = tl.where(m_3 == float("-inf"), 0.0, m_3)
-    total = total * tl.exp2(m - at) + total_2 * tl.exp2(m_2 - at)
-    top_3 = tl.maximum(top, top_2)
-    at = tl.where(top_3 == float("-inf"), 0.0, top_3)
-    acc = acc * tl.exp2(top - at)[:, None] + acc_2 * tl.exp2(top_2 - at)[:, None]
-    return m_3, top_3, total, acc
+    shrink, grow = tl.exp2(m - at), tl.exp2(m_2 - at)
+    return m_3, total * shrink + total_2 * grow, shrink, grow
 
 
 @triton.jit(do_not_specialize=["batch", "scale", "soft_cap", "window"])
@@ -117,9 +125,15 @@ def paged_decode_kernel(
     start = pid * share + pid * more // programs
     stop = tl.where(pid < programs, (pid + 1) * share + (pid + 1) * more // programs, start)
     row = tl.arange(0, M)
-    d = tl.arange(0, DP)
+    # Columns in pairs where the cache has eight bits: H tells how many of them.
+    H: tl.constexpr = DP // 2 if EIGHT else DP
+    d = tl.arange(0, H)
+    in_d = d < (D // 2 if EIGHT else D)
+    in_row = row < T * G
     token = row // G
     size: tl.constexpr = M * (DP + 3)
+    if EIGHT:
+        k_cache, v_cache = k_cache.to(tl.pointer_type(tl.int16)), v_cache.to(tl.pointer_type(tl.int16))
     while stop > start:
         b = tl.sum((ends <= stop - 1).to(tl.int32))
         of_b = i == b
@@ -131,13 +145,19 @@ def paged_decode_kernel(
         tile = before + h * count
         begin, end = tl.maximum(start - tile, 0), stop - tile
 
-        rows = _decode_rows(q + b.to(tl.int64) * q_b + h * G * q_h, q_t, q_h, T, G, M, D, DP)
+        of_rows = q + b.to(tl.int64) * q_b + h * G * q_h + token[:, None] * q_t + (row % G)[:, None] * q_h
+        inside = in_row[:, None] & in_d[None, :]
         if EIGHT:
-            rows, power = _halves(rows)
-            factor = power * scale
+            rows = tl.load(of_rows + 2 * d[None, :], mask=inside, other=0.0).to(tl.float32)
+            rows_2 = tl.load(of_rows + 2 * d[None, :] + 1, mask=inside, other=0.0).to(tl.float32)
+            exponent = tl.maximum(_exponent(rows), _exponent(rows_2))
+            down = ((254 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]
+            rows, rows_2 = rows * down, rows_2 * down
+            factor = (exponent << 23).to(tl.float32, bitcast=True) * scale
             if FAST:
-                rows = rows.to(tl.float16)
+                rows, rows_2 = rows.to(tl.float16), rows_2.to(tl.float16)
         else:
+            rows = tl.load(of_rows + d[None, :], mask=inside, other=0.0)
             factor = tl.full([M], 1.0, tl.float32) * scale
             if not FAST:
                 rows = rows.to(tl.float32)
@@ -151,25 +171,28 @@ def paged_decode_kernel(
         m = tl.full([M], float("-inf"), tl.float32)
         top = tl.full([M], float("-inf"), tl.float32)
         total = tl.zeros([M], tl.float32)
-        acc = tl.zeros([M, DP], tl.float32)
+        acc = tl.zeros([M, H], tl.float32)
+        acc_2 = tl.zeros([M, H], tl.float32)
         for step in range(begin, end):
             j = (first_step + step) * N + tl.arange(0, N)
             there = j < tokens
             if WINDOW:
                 there = there & (j > tokens - T - window)
             block = tl.load(table + b.to(tl.int64) * table_b + j // BLOCK, mask=there, other=0).to(tl.int64)
-            inside = there[:, None] & (d < D)[None, :]
-            keys = tl.load(
-                k_cache + (block * k_b + (j % BLOCK) * k_t + h * k_h)[:, None] + d[None, :], mask=inside, other=0.0
-            )
-            values = tl.load(
-                v_cache + (block * v_b + (j % BLOCK) * v_t + h * v_h)[:, None] + d[None, :], mask=inside, other=0.0
-            )
-            if FAST and EIGHT:
-                keys, values = keys.to(tl.float16), values.to(tl.float16)
-            elif not FAST:
-                keys, values = keys.to(tl.float32), values.to(tl.float32)
-            logits = tl.dot(rows, tl.trans(keys), input_precision="ieee") * factor[:, None]
+            stored = there[:, None] & in_d[None, :]
+            of_key = k_cache + (block * k_b + (j % BLOCK) * k_t + h * k_h)[:, None] + d[None, :]
+            of_value = v_cache + (block * v_b + (j % BLOCK) * v_t + h * v_h)[:, None] + d[None, :]
+            keys = tl.load(of_key, mask=stored, other=0)
+            values = tl.load(of_value, mask=stored, other=0)
+            if EIGHT:
+                keys, keys_2 = _pairs(keys, FAST)
+                values, values_2 = _pairs(values, FAST)
+                logits = tl.dot(rows, tl.trans(keys), input_precision="ieee")
+                logits = tl.dot(rows_2, tl.trans(keys_2), logits, input_precision="ieee") * factor[:, None]
+            else:
+                if not FAST:
+                    keys, values = keys.to(tl.float32), values.to(tl.float32)
+                logits = tl.dot(rows, tl.trans(keys), input_precision="ieee") * factor[:, None]
             if SCALES == "token":
                 at = (block * BLOCK + j % BLOCK) * heads + h
                 logits *= tl.load(k_scale + at, mask=there, other=1.0)[None, :]
@@ -200,12 +223,16 @@ def paged_decode_kernel(
                 top = top_2
             else:
                 top = m
-            acc = acc * shrink[:, None]
-            acc = tl.dot(weights.to(values.dtype), values, acc, input_precision="ieee")
+            weights = weights.to(values.dtype)
+            acc = tl.dot(weights, values, acc * shrink[:, None], input_precision="ieee")
+            if EIGHT:
+                acc_2 = tl.dot(weights, values_2, acc_2 * shrink[:, None], input_precision="ieee")
 
         mine = partial + pid * size
         if end < count:
             tl.store(mine + row[:, None] * DP + d[None, :], acc)
+            if EIGHT:
+                tl.store(mine + row[:, None] * DP + H + d[None, :], acc_2)
             tl.store(mine + M * DP + row, m)
             tl.store(mine + M * (DP + 1) + row, top)
             tl.store(mine + M * (DP + 2) + row, total)
@@ -218,16 +245,23 @@ def paged_decode_kernel(
                     pass
                 for p in range(lowest, pid):
                     theirs = partial + p * size
-                    m, top, total, acc = _merged(
+                    m, total, shrink, grow = _merged(
                         m,
-                        top,
                         total,
-                        acc,
                         tl.load(theirs + M * DP + row, cache_modifier=".cg"),
-                        tl.load(theirs + M * (DP + 1) + row, cache_modifier=".cg"),
                         tl.load(theirs + M * (DP + 2) + row, cache_modifier=".cg"),
-                        tl.load(theirs + row[:, None] * DP + d[None, :], cache_modifier=".cg"),
                     )
+                    if SCALES == "token":
+                        top, _, shrink, grow = _merged(
+                            top, total, tl.load(theirs + M * (DP + 1) + row, cache_modifier=".cg"), total
+                        )
+                    else:
+                        top = m
+                    part = tl.load(theirs + row[:, None] * DP + d[None, :], cache_modifier=".cg")
+                    acc = acc * shrink[:, None] + part * grow[:, None]
+                    if EIGHT:
+                        part = tl.load(theirs + row[:, None] * DP + H + d[None, :], cache_modifier=".cg")
+                        acc_2 = acc_2 * shrink[:, None] + part * grow[:, None]
                 tl.debug_barrier()
                 tl.store(arrivals + b * heads + h, 0)
             if sinks is not None:
@@ -243,8 +277,11 @@ def paged_decode_kernel(
             elif SCALES == "tensor":
                 norm *= tl.load(v_scale)
             result = acc * norm[:, None]
-            at = b.to(tl.int64) * out_b + token[:, None] * out_t + (h * G + row % G)[:, None] * out_h + d[None, :]
-            tl.store(out + at, result.to(out.dtype.element_ty), mask=(row < T * G)[:, None] & (d < D)[None, :])
+            if EIGHT:
+                result = tl.reshape(tl.join(result, acc_2 * norm[:, None]), [M, DP])
+            column = tl.arange(0, DP)
+            at = b.to(tl.int64) * out_b + token[:, None] * out_t + (h * G + row % G)[:, None] * out_h + column[None, :]
+            tl.store(out + at, result.to(out.dtype.element_ty), mask=in_row[:, None] & (column < D)[None, :])
         stop = tl.maximum(start, tile)
 
 
@@ -318,6 +355,7 @@ def launch(
     kind = "number"
     if isinstance(k_scale, Tensor):
         kind = "token" if k_scale.dim() else "tensor"
+    pair = 2 if k_cache.itemsize == 1 else 1
     paged_decode_kernel[(programs,)](
         q,
         k_cache,
@@ -334,8 +372,8 @@ def launch(
         shape.batch,
         shape.kv_heads,
         *q.stride()[:3],
-        *k_cache.stride()[:3],
-        *v_cache.stride()[:3],
+        *(stride // pair for stride in k_cache.stride()[:3]),
+        *(stride // pair for stride in v_cache.stride()[:3]),
         block_table.stride(0),
         *out.stride()[:3],
         scale,
