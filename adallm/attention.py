@@ -58,7 +58,7 @@ class Workspace:
         size = decode.workspace_floats(shape, decode.programs(shape, q.device))
         return cls(
             torch.empty(size, dtype=torch.float32, device=q.device),
-            torch.zeros(shape.batch * shape.kv_heads, dtype=torch.int32, device=q.device),
+            torch.zeros(decode.tiles(shape), dtype=torch.int32, device=q.device),
         )
 
 
@@ -135,7 +135,7 @@ def paged_decode(
 
     workspace = workspace or Workspace.of(q, k_cache)
     programs = decode.programs(shape, q.device)
-    needed = (decode.workspace_floats(shape, programs), shape.batch * shape.kv_heads)
+    needed = (decode.workspace_floats(shape, programs), decode.tiles(shape))
     had = (workspace.partial.numel(), workspace.arrivals.numel())
     if had[0] < needed[0] or had[1] < needed[1] or workspace.partial.device != q.device:
         raise ValueError(f"the workspace has room for {had} numbers on {workspace.partial.device}; it needs {needed}")

@@ -21,7 +21,7 @@ def run(q, k_cache, v_cache, table, lengths, *, programs, n=16, dtype=None, **op
     shape = check_decode(q, k_cache, v_cache, table, lengths, k_scale, v_scale, *checked)
     out = torch.full_like(q, float("nan"))
     partial = torch.full((decode.workspace_floats(shape, programs),), float("nan"), device=q.device)
-    arrivals = torch.zeros(shape.batch * shape.kv_heads, dtype=torch.int32, device=q.device)
+    arrivals = torch.zeros(decode.tiles(shape), dtype=torch.int32, device=q.device)
     config = Config(n, 4, 3, 1)
     given = {"programs": programs, "partial": partial, "arrivals": arrivals, "scale": q.shape[-1] ** -0.5}
     decode.launch(q, k_cache, v_cache, table, lengths, out, shape, config, **given, **options)
@@ -63,7 +63,7 @@ def test_heads_blocks_and_dtypes(cache, d, block_size):
     assert error(run(*given, programs=4, n=32), expected) <= 4e-3
 
 
-@pytest.mark.parametrize(("q_heads", "kv_heads"), [(1, 1), (3, 3), (6, 2), (16, 1), (32, 2)])
+@pytest.mark.parametrize(("q_heads", "kv_heads"), [(1, 1), (3, 3), (6, 2), (11, 1), (16, 1), (32, 2)])
 @pytest.mark.parametrize("queries", [1, 8])
 def test_query_heads_of_a_kv_head(q_heads, kv_heads, queries):
     given = [x.to(DEVICE) for x in step([40, 9], q_heads=q_heads, kv_heads=kv_heads, queries=queries)[:5]]

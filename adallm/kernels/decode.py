@@ -1,9 +1,9 @@
 """Decode attention over a paged KV cache, ``adallm/attention.py`` in one launch.
 
 Work is counted in steps of ``N`` tokens of one sequence and one KV head, whose query heads, and the query tokens of a
-sequence, are the rows of one tile. A fixed number of programs shares the steps of all sequences evenly, whatever the
-lengths are at the time: one long sequence is split among all programs, and many short ones are several to each. Each
-program sums up the lengths itself, so that a CUDA graph keeps working when they change.
+sequence, are the rows of one tile, or of several. A fixed number of programs shares the steps of all sequences evenly,
+whatever the lengths are at the time: one long sequence is split among all programs, and many short ones are several to
+each. Each program sums up the lengths itself, so that a CUDA graph keeps working when they change.
 
 A program goes through its steps backwards. Of a tile that another program ends it leaves maxima and sums in the
 workspace; the one that ends a tile waits for those before it, which were launched before it, and adds theirs in order.
@@ -116,8 +116,9 @@ def paged_decode_kernel(
     # The first step that any query token of a sequence sees, and how many there are; an empty sequence has one.
     skipped = (tl.maximum(length - T - window + 1, 0) // N) if WINDOW else length * 0
     steps = tl.where(i < batch, tl.maximum((length + N - 1) // N - skipped, 1), 0)
-    ends = tl.cumsum(steps * heads)
-    all_steps = tl.sum(steps * heads)
+    tiles = heads * ((T * G + M - 1) // M)  # of a sequence
+    ends = tl.cumsum(steps * tiles)
+    all_steps = tl.sum(steps * tiles)
     # No program has less than a step: those that wait count on each before them.
     programs = tl.minimum(tl.num_programs(0), all_steps)
     share = all_steps // programs
@@ -129,8 +130,6 @@ def paged_decode_kernel(
     H: tl.constexpr = DP // 2 if EIGHT else DP
     d = tl.arange(0, H)
     in_d = d < (D // 2 if EIGHT else D)
-    in_row = row < T * G
-    token = row // G
     size: tl.constexpr = M * (DP + 3)
     if EIGHT:
         k_cache, v_cache = k_cache.to(tl.pointer_type(tl.int16)), v_cache.to(tl.pointer_type(tl.int16))
@@ -138,14 +137,17 @@ def paged_decode_kernel(
         b = tl.sum((ends <= stop - 1).to(tl.int32))
         of_b = i == b
         count = tl.sum(tl.where(of_b, steps, 0))
-        before = tl.sum(tl.where(of_b, ends, 0)) - count * heads
+        before = tl.sum(tl.where(of_b, ends, 0)) - count * tiles
         tokens = tl.sum(tl.where(of_b, length, 0))
         first_step = tl.sum(tl.where(of_b, skipped, 0))
-        h = (stop - 1 - before) // count
-        tile = before + h * count
+        of_tile = (stop - 1 - before) // count
+        tile = before + of_tile * count
+        h = of_tile % heads
+        of_row = of_tile // heads * M + row
+        in_row, token, of_head = of_row < T * G, of_row // G, of_row % G
         begin, end = tl.maximum(start - tile, 0), stop - tile
 
-        of_rows = q + b.to(tl.int64) * q_b + h * G * q_h + token[:, None] * q_t + (row % G)[:, None] * q_h
+        of_rows = q + b.to(tl.int64) * q_b + token[:, None] * q_t + (h * G + of_head)[:, None] * q_h
         inside = in_row[:, None] & in_d[None, :]
         if EIGHT:
             rows = tl.load(of_rows + 2 * d[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -167,7 +169,7 @@ def paged_decode_kernel(
             factor *= tl.load(k_scale)
         position = tokens - T + token
         if slopes is not None:
-            slope = tl.load(slopes + h * G + row % G) * LOG2E
+            slope = tl.load(slopes + h * G + of_head) * LOG2E
         m = tl.full([M], float("-inf"), tl.float32)
         top = tl.full([M], float("-inf"), tl.float32)
         total = tl.zeros([M], tl.float32)
@@ -237,11 +239,11 @@ def paged_decode_kernel(
             tl.store(mine + M * (DP + 1) + row, top)
             tl.store(mine + M * (DP + 2) + row, total)
             tl.debug_barrier()
-            tl.atomic_add(arrivals + b * heads + h, 1, sem="release")
+            tl.atomic_add(arrivals + b * tiles + of_tile, 1, sem="release")
         else:
             if begin > 0:
                 lowest = (((tile + 1).to(tl.int64) * programs - 1) // all_steps).to(tl.int32)
-                while tl.atomic_add(arrivals + b * heads + h, 0, sem="acquire") < pid - lowest:
+                while tl.atomic_add(arrivals + b * tiles + of_tile, 0, sem="acquire") < pid - lowest:
                     pass
                 for p in range(lowest, pid):
                     theirs = partial + p * size
@@ -263,9 +265,9 @@ def paged_decode_kernel(
                         part = tl.load(theirs + row[:, None] * DP + H + d[None, :], cache_modifier=".cg")
                         acc_2 = acc_2 * shrink[:, None] + part * grow[:, None]
                 tl.debug_barrier()
-                tl.store(arrivals + b * heads + h, 0)
+                tl.store(arrivals + b * tiles + of_tile, 0)
             if sinks is not None:
-                sink = tl.load(sinks + h * G + row % G) * LOG2E
+                sink = tl.load(sinks + h * G + of_head) * LOG2E
                 m_2 = tl.maximum(m, sink)
                 total = total * tl.exp2(m - m_2) + tl.exp2(sink - m_2)
                 m = m_2
@@ -280,7 +282,7 @@ def paged_decode_kernel(
             if EIGHT:
                 result = tl.reshape(tl.join(result, acc_2 * norm[:, None]), [M, DP])
             column = tl.arange(0, DP)
-            at = b.to(tl.int64) * out_b + token[:, None] * out_t + (h * G + row % G)[:, None] * out_h + column[None, :]
+            at = b.to(tl.int64) * out_b + token[:, None] * out_t + (h * G + of_head)[:, None] * out_h + column[None, :]
             tl.store(out + at, result.to(out.dtype.element_ty), mask=in_row[:, None] & (column < D)[None, :])
         stop = tl.maximum(start, tile)
 
@@ -304,8 +306,10 @@ class Config:
 
 def choose(shape: Shape) -> Config:
     """The configuration for a step: as many tokens at once as registers allow."""
-    tile = rows(shape) * triton.next_power_of_2(shape.head_size)
-    return Config(64 if tile <= 16 * 128 else 32, 4 if tile <= 32 * 128 else 8, 3, 2)
+    m, columns = rows(shape), triton.next_power_of_2(shape.head_size)
+    if m == 16:
+        return Config(64 if columns <= 128 else 32, 4, 3, 2)
+    return Config(16 if m == 64 and columns == 128 else 32, 4 if columns <= 128 else 8, 3, 2)
 
 
 def programs(shape: Shape, device: torch.device) -> int:
@@ -314,8 +318,14 @@ def programs(shape: Shape, device: torch.device) -> int:
 
 
 def rows(shape: Shape) -> int:
-    """Rows of a tile: query tokens times the query heads of a KV head, a power of two from 16 up."""
-    return max(triton.next_power_of_2(shape.queries * (shape.q_heads // shape.kv_heads)), 16)
+    """Rows of a tile, 16, 32 or 64: query tokens times the query heads of a KV head, or as many as registers allow."""
+    most = 64 if shape.head_size <= 128 else 32
+    return min(max(triton.next_power_of_2(shape.queries * (shape.q_heads // shape.kv_heads)), 16), most)
+
+
+def tiles(shape: Shape) -> int:
+    """Tiles of all sequences, each with a counter: more than one of a KV head read its keys and values as often."""
+    return shape.batch * shape.kv_heads * triton.cdiv(shape.queries * (shape.q_heads // shape.kv_heads), rows(shape))
 
 
 def workspace_floats(shape: Shape, programs: int) -> int:
@@ -350,7 +360,7 @@ def launch(
         q, out: ``[B, T, Hq, D]``, stride 1 along D.
         programs: blocks of the launch.
         partial: float32, at least ``workspace_floats(shape, programs)``.
-        arrivals: int32, at least B * Hkv zeros; zero again after.
+        arrivals: int32, at least ``tiles(shape)`` zeros; zero again after.
     """
     kind = "number"
     if isinstance(k_scale, Tensor):
