@@ -46,7 +46,7 @@ class Workspace:
 
     @classmethod
     def of(cls, q: Tensor, k_cache: Tensor) -> Workspace:
-        """Large enough for steps with up to as many sequences, queries, heads and columns as these have.
+        """Large enough for steps of these sizes, and with fewer sequences or queries.
 
         Args:
             q: ``[B, Hq, D]`` or ``[B, T, Hq, D]``, on a CUDA GPU.
@@ -75,12 +75,14 @@ def write_kv(
     """``write_kv_reference``, by one kernel on a CUDA GPU, where no slot is looked at: it must be -1 or in the cache.
 
     Raises:
-        ValueError: as ``write_kv_reference``; on a CUDA GPU k or v with a stride other than 1 along D.
+        ValueError: as ``write_kv_reference``; on a CUDA GPU k or v with a stride other than 1 along D, or an E4M3 cache
+            before sm_89.
     """
     if not k.is_cuda:
         write_kv_reference(k, v, k_cache, v_cache, slot_mapping, k_scale=k_scale, v_scale=v_scale)
         return
     check_write(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
+    _check_gpu(k_cache)
     if k.stride(2) != 1 or v.stride(2) != 1:
         raise ValueError(f"k and v have strides {k.stride()} and {v.stride()}; the last must be 1")
     from adallm.kernels import write_kv as kernel
@@ -115,7 +117,7 @@ def paged_decode(
 
     Raises:
         ValueError: as ``paged_decode_reference``, but for lengths on a CUDA GPU; ``out`` or a ``workspace`` that does
-            not fit.
+            not fit; an E4M3 cache before sm_89.
     """
     options = {"window": window, "soft_cap": soft_cap, "sinks": sinks, "alibi_slopes": alibi_slopes}
     shape = check_decode(q, k_cache, v_cache, block_table, seq_lens, k_scale, v_scale, **options)
@@ -129,6 +131,7 @@ def paged_decode(
     given = options | {"scale": scale, "k_scale": k_scale, "v_scale": v_scale}
     if not q.is_cuda:
         return out.copy_(paged_decode_reference(q, k_cache, v_cache, block_table, seq_lens, **given))
+    _check_gpu(k_cache)
     if q.stride(-1) != 1:
         raise ValueError(f"q has strides {q.stride()}; the last must be 1")
     from adallm.kernels import decode
@@ -155,6 +158,14 @@ def paged_decode(
             **given,
         )
     return out
+
+
+def _check_gpu(cache: Tensor) -> None:
+    from adallm.kernels import choice
+
+    gpu = choice.gpu(cache.device.index)
+    if cache.dtype == torch.float8_e4m3fn and gpu.family == "sm_80":
+        raise ValueError(f"{gpu.slug} has no E4M3; supported there: a bfloat16 or float16 cache")
 
 
 @torch.no_grad()

@@ -77,11 +77,8 @@ def check_decode(
         raise ValueError(f"q has {queries} tokens of each sequence; supported: 1 to {MAX_QUERIES}")
     if k_cache.dtype != torch.float8_e4m3fn and k_cache.dtype != q.dtype:
         raise ValueError(f"q is {q.dtype} and the cache {k_cache.dtype}; it must be the same, or float8_e4m3fn")
-    for name, tensor, dims, dtype in (
-        ("block_table", block_table, 2, torch.int32),
-        ("seq_lens", seq_lens, 1, torch.int32),
-    ):
-        if tensor.dim() != dims or tensor.shape[0] != batch or tensor.dtype != dtype:
+    for name, tensor, dims in (("block_table", block_table, 2), ("seq_lens", seq_lens, 1)):
+        if tensor.dim() != dims or tensor.shape[0] != batch or tensor.dtype != torch.int32:
             raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}; it must be int32 with {batch} rows")
     for name, tensor in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
         if tensor is not None and (tensor.shape != (q_heads,) or tensor.dtype != torch.float32):
@@ -91,6 +88,7 @@ def check_decode(
     if not 0 <= soft_cap < math.inf:
         raise ValueError(f"soft_cap is {soft_cap}; it must be 0 or positive")
     _check_scales(k_cache, k_scale, v_scale)
+    _check_strides(block_table=block_table, seq_lens=seq_lens, sinks=sinks, alibi_slopes=alibi_slopes)
     _same_device(q, k_cache, v_cache, block_table, seq_lens, sinks, alibi_slopes, k_scale, v_scale)
     return shape
 
@@ -113,6 +111,7 @@ def check_write(
             f"slot_mapping is {slot_mapping.dtype} {list(slot_mapping.shape)}; it must be int64 [{k.shape[0]}]"
         )
     _check_scales(k_cache, k_scale, v_scale)
+    _check_strides(slot_mapping=slot_mapping)
     _same_device(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
 
 
@@ -129,8 +128,27 @@ def _check_caches(k_cache: Tensor, v_cache: Tensor) -> None:
             f"the cache is {list(k_cache.shape)}; supported: blocks of {', '.join(map(str, BLOCK_SIZES))} tokens, "
             f"heads of {', '.join(map(str, HEAD_SIZES))}"
         )
-    if k_cache.stride(3) != 1 or v_cache.stride(3) != 1:
-        raise ValueError(f"the caches have strides {k_cache.stride()} and {v_cache.stride()}; the last must be 1")
+    for cache in (k_cache, v_cache):
+        # Eight bits are read in pairs.
+        pairs = cache.itemsize == 2 or not (cache.storage_offset() % 2 or any(s % 2 for s in cache.stride()[:3]))
+        if cache.stride(3) != 1 or not pairs:
+            raise ValueError(
+                f"a cache has strides {cache.stride()} and offset {cache.storage_offset()}; the last must be 1, "
+                "and with float8_e4m3fn the others and the offset even"
+            )
+
+
+def kind_of(scale: Scale) -> str:
+    """``"number"``, ``"tensor"`` for one number on the device, or ``"token"`` for those of each token and head."""
+    if not isinstance(scale, Tensor):
+        return "number"
+    return "token" if scale.dim() else "tensor"
+
+
+def _check_strides(**arguments: Tensor | None) -> None:
+    for name, tensor in arguments.items():
+        if tensor is not None and tensor.dim() and tensor.numel() > 1 and tensor.stride(-1) != 1:
+            raise ValueError(f"{name} has strides {tensor.stride()}; the last must be 1")
 
 
 def _check_scales(k_cache: Tensor, *scales: Scale) -> None:
@@ -147,7 +165,7 @@ def _check_scales(k_cache: Tensor, *scales: Scale) -> None:
                 raise ValueError(f"{name} has strides {scale.stride()}; it must be contiguous")
         elif not 0 < scale < math.inf:
             raise ValueError(f"{name} is {scale}; it must be positive and finite")
-    if len({scale.dim() if isinstance(scale, Tensor) else -1 for scale in scales}) > 1:
+    if len(set(map(kind_of, scales))) > 1:
         raise ValueError("k_scale and v_scale must be alike: numbers, [], or for each token and head")
 
 

@@ -180,6 +180,20 @@ def test_what_cannot_be_written_is_refused(change, message):
     assert k_cache.float().isnan().all()
 
 
+def test_strides_that_the_kernels_cannot_follow():
+    q, k_cache, v_cache, table, lengths = step([37])[:5]
+    with pytest.raises(ValueError, match=r"block_table has strides \(\d+, 2\); the last must be 1"):
+        paged_decode(q, k_cache, v_cache, table.repeat_interleave(2, 1)[:, ::2], lengths, scale=1.0)
+    with pytest.raises(ValueError, match=r"sinks has strides \(2,\)"):
+        paged_decode(q, k_cache, v_cache, table, lengths, scale=1.0, sinks=torch.zeros(8)[::2])
+    odd = torch.zeros(6, 16, 2, 65).to(E4M3)[..., :64]
+    k = torch.zeros(1, 2, 64).bfloat16()
+    with pytest.raises(ValueError, match=r"a cache has strides .* the others and the offset even"):
+        write_kv(k, k, odd, odd, torch.tensor([0]))
+    with pytest.raises(ValueError, match=r"slot_mapping has strides \(2,\)"):
+        write_kv(k.repeat(2, 1, 1), k.repeat(2, 1, 1), k_cache, v_cache, torch.arange(4)[::2])
+
+
 def test_scales_of_one_kind():
     given = step([37])[:5]
     with pytest.raises(ValueError, match="k_scale and v_scale must be alike"):

@@ -5,9 +5,10 @@ import itertools
 
 import pytest
 
-from adallm.kernels import choice
+from adallm.kernels import choice, hopper
 from adallm.kernels.choice import GPU, Row
 from adallm.kernels.matmul import Config, blocks
+from adallm.sm89 import build
 
 H100, RTX4090 = GPU("sm_90", 132, "none"), GPU("sm_89", 128, "none")
 LAYERS = [(6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288), (51200, 5120), (16, 16), (48, 80)]
@@ -46,9 +47,12 @@ def test_an_overlapping_configuration_takes_its_k(kind, m):
         assert config.takes(k)
         assert not config.overlap
     step = Config(64, 64, 128, 1, 3, 4, 4, True)
-    assert step.takes(768, step.splits)
-    assert not step.takes(512, step.splits)
+    assert step.takes(768)
     assert not step.takes(896)
+    # Two steps for three splits, as the launcher says before it launches.
+    given = build.product("fp8", step, 512)
+    with pytest.raises(ValueError, match=r"K is 512; .* has 48 programs for 16 tiles"):
+        hopper.launch(**given)
 
 
 def test_tiles_that_do_not_fill_the_gpu_are_shared_evenly():

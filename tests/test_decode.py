@@ -130,6 +130,13 @@ def test_twenty_sequences_at_random(seed):
     )
 
 
+def test_sinks_without_weight():
+    given = [x.to(DEVICE) for x in step([0, 20])[:5]]
+    out = run(*given, programs=2, sinks=torch.full((4,), float("-inf"), device=DEVICE))
+    assert torch.equal(out, run(*given, programs=2))
+    assert not out[0].any()
+
+
 def test_queries_far_from_one():
     q, *rest = step([60, 5])[:5]
     q = (q.float() * torch.tensor([2.0**-60, 2.0**40, 1.0, 0.0])[:, None]).bfloat16()

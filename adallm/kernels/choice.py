@@ -10,10 +10,11 @@ with times, what takes the least is taken of each configuration, alone, split al
     start + us * K / 4096 * blocks / multiprocessors + exchange, where programs share all blocks evenly
     exchange = join + bytes / rate, of sums that are left to another block
 
-"sm_90" was fitted to times on an H100 (``results/tune``); the last configuration of each row with times, which serves a
-K that the others do not take, was not timed. "sm_89" was chosen without an Ada card, among configurations that compile
-without spills into the 99 KB of shared memory that every GPU from sm_80 on has; it serves unknown ones too. ``adallm
-bench tune`` measures the GPU at hand; what it writes into the user's cache directory goes before the table.
+"sm_90" was fitted to times on an H100 (``results/tune``). Not in that record: the last configuration of a row with
+times, which serves a K that the others do not take and was not timed, but for the first row of 16 bits; and there a
+block of 16 rows alone, timed with N of 1024 and 2048. "sm_89" was chosen without an Ada card, among configurations that
+compile without spills into the 99 KB of shared memory that every GPU from sm_80 on has; it serves unknown ones too.
+``adallm bench tune`` measures the GPU at hand; what it writes into the user's cache directory goes before the table.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Row:
     Attributes:
         configs: from the largest tile to the smallest, ``splits`` being the most that are tried.
         us: for each, what a block over 4096 columns takes on a multiprocessor of its own, and what each takes of one
-            that several share.
+            that several share; empty for the other rule.
     """
 
     m: int
@@ -224,7 +225,7 @@ def _estimate(config: Config, us: tuple[float, float], m: int, n: int, k: int, s
 
 
 def configurations(family: str) -> list[tuple[str, Config]]:
-    """Every (kind, configuration) that the table of a family can choose, ``splits`` being 1 or, split at all, 2."""
+    """Every (kind, configuration) that the table of a family can choose: alone, in 2 splits, and by ``programs``."""
     found = []
     for kind, table in TABLES[family].items():
         for config in (config for row in table for config in row.configs):

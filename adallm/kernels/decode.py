@@ -23,7 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adallm.paged import Scale, Shape
+from adallm.kernels import choice
+from adallm.paged import Scale, Shape, kind_of
 
 # Two pairs of E4M3 -> the first of both in FP16, and the second of both.
 _ASM_PAIRS = tl.constexpr(
@@ -61,6 +62,14 @@ def _merged(m, total, m_2, total_2):
     at = tl.where(m_3 == float("-inf"), 0.0, m_3)
     shrink, grow = tl.exp2(m - at), tl.exp2(m_2 - at)
     return m_3, total * shrink + total_2 * grow, shrink, grow
+
+
+@triton.jit
+def _weighed(logits, m):
+    """The maximum of each row with these logits, what earlier terms are to be multiplied by, and the weights."""
+    m_2 = tl.maximum(m, tl.max(logits, axis=1))
+    at = tl.where(m_2 == float("-inf"), 0.0, m_2)
+    return m_2, tl.exp2(m - at), tl.exp2(logits - at[:, None])
 
 
 @triton.jit(do_not_specialize=["batch", "scale", "soft_cap", "window"])
@@ -210,19 +219,10 @@ def paged_decode_kernel(
             if WINDOW:
                 seen = seen & (distance > -window)
             logits = tl.where(seen, logits, float("-inf"))
-            m_2 = tl.maximum(m, tl.max(logits, axis=1))
-            at_m = tl.where(m_2 == float("-inf"), 0.0, m_2)
-            shrink = tl.exp2(m - at_m)
-            weights = tl.exp2(logits - at_m[:, None])
+            m, shrink, weights = _weighed(logits, m)
             total = total * shrink + tl.sum(weights, axis=1)
-            m = m_2
             if SCALES == "token":
-                logits = logits + weight[None, :]
-                top_2 = tl.maximum(top, tl.max(logits, axis=1))
-                at_m = tl.where(top_2 == float("-inf"), 0.0, top_2)
-                shrink = tl.exp2(top - at_m)
-                weights = tl.exp2(logits - at_m[:, None])
-                top = top_2
+                top, shrink, weights = _weighed(logits + weight[None, :], top)
             else:
                 top = m
             weights = weights.to(values.dtype)
@@ -236,8 +236,9 @@ def paged_decode_kernel(
             if EIGHT:
                 tl.store(mine + row[:, None] * DP + H + d[None, :], acc_2)
             tl.store(mine + M * DP + row, m)
-            tl.store(mine + M * (DP + 1) + row, top)
-            tl.store(mine + M * (DP + 2) + row, total)
+            tl.store(mine + M * (DP + 1) + row, total)
+            if SCALES == "token":
+                tl.store(mine + M * (DP + 2) + row, top)
             tl.debug_barrier()
             tl.atomic_add(arrivals + b * tiles + of_tile, 1, sem="release")
         else:
@@ -251,11 +252,11 @@ def paged_decode_kernel(
                         m,
                         total,
                         tl.load(theirs + M * DP + row, cache_modifier=".cg"),
-                        tl.load(theirs + M * (DP + 2) + row, cache_modifier=".cg"),
+                        tl.load(theirs + M * (DP + 1) + row, cache_modifier=".cg"),
                     )
                     if SCALES == "token":
                         top, _, shrink, grow = _merged(
-                            top, total, tl.load(theirs + M * (DP + 1) + row, cache_modifier=".cg"), total
+                            top, total, tl.load(theirs + M * (DP + 2) + row, cache_modifier=".cg"), total
                         )
                     else:
                         top = m
@@ -268,9 +269,7 @@ def paged_decode_kernel(
                 tl.store(arrivals + b * tiles + of_tile, 0)
             if sinks is not None:
                 sink = tl.load(sinks + h * G + of_head) * LOG2E
-                m_2 = tl.maximum(m, sink)
-                total = total * tl.exp2(m - m_2) + tl.exp2(sink - m_2)
-                m = m_2
+                m, total, _, _ = _merged(m, total, sink, 1.0)
             # Nothing seen: an empty sequence.
             some = total > 0
             norm = tl.where(some, tl.exp2(top - tl.where(some, m, 0.0)) / tl.where(some, total, 1.0), 0.0)
@@ -314,7 +313,7 @@ def choose(shape: Shape) -> Config:
 
 def programs(shape: Shape, device: torch.device) -> int:
     """Blocks of a launch, the same whatever the lengths are."""
-    return choose(shape).programs * torch.cuda.get_device_properties(device).multi_processor_count
+    return choose(shape).programs * choice.gpu(device.index).sms
 
 
 def rows(shape: Shape) -> int:
@@ -362,9 +361,6 @@ def launch(
         partial: float32, at least ``workspace_floats(shape, programs)``.
         arrivals: int32, at least ``tiles(shape)`` zeros; zero again after.
     """
-    kind = "number"
-    if isinstance(k_scale, Tensor):
-        kind = "token" if k_scale.dim() else "tensor"
     pair = 2 if k_cache.itemsize == 1 else 1
     paged_decode_kernel[(programs,)](
         q,
@@ -398,7 +394,7 @@ def launch(
         N=config.n,
         BATCH=triton.next_power_of_2(shape.batch),
         EIGHT=k_cache.itemsize == 1,
-        SCALES=kind,
+        SCALES=kind_of(k_scale),
         CAP=soft_cap > 0,
         WINDOW=window is not None,
         FAST=q.device.type != "cpu",

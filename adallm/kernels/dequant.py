@@ -176,6 +176,13 @@ def to_e4m3(x, FAST: tl.constexpr):
 
 
 @triton.jit
+def token_scale(amax):
+    """``amax / 448``, 1 where that is 0: ``fp8.scale_of``."""
+    scale = tl.math.div_rn(amax, 448.0)
+    return tl.where(scale == 0, 1.0, scale)
+
+
+@triton.jit
 def round_e4m3(x):
     """``E4M3(x)`` in FP32, to nearest, ties to even, for ``|x|`` up to 448."""
     exponent = ((x.to(tl.int32, bitcast=True) >> 23) & 0xFF) - 127

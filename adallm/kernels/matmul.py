@@ -63,9 +63,9 @@ class Config:
         tile = " ".join(f"{name}{value}" for name, value in numbers.items()) + " overlap" * self.overlap
         return tile + f" programs{self.programs}" * bool(self.programs)
 
-    def takes(self, k: int, splits: int = 1) -> bool:
-        """Whether the kernel handles K columns in so many splits."""
-        return not self.overlap or (k % self.step == 0 and k >= splits * self.step)
+    def takes(self, k: int) -> bool:
+        """Whether the kernel handles K columns."""
+        return not self.overlap or k % self.step == 0
 
 
 # A sum of E4M3 products is at most 448 * 21 * K, and times this within FP16 up to K of 400,000.
@@ -239,7 +239,7 @@ _CHECKED: set[str] = set()
 
 
 def blocks(config: Config, m: int, n: int) -> int:
-    """Output tiles, each with a counter of its own where ``splits`` is above 1."""
+    """Output tiles, each with a counter of its own where blocks share them."""
     return triton.cdiv(triton.cdiv(n, TILE_N), config.n // TILE_N) * triton.cdiv(m, config.m)
 
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from adallm.fp8 import INPUT_DTYPES
-from adallm.kernels.dequant import fp8_order, to_e4m3
+from adallm.kernels.dequant import fp8_order, to_e4m3, token_scale
 from adallm.kernels.layout import padded
 
 # Longest row that a block keeps in registers; of a longer one it reads pieces, again for each pass, from the cache.
@@ -84,8 +84,7 @@ def fp8_tokens(
     amax = tl.abs(y)
     for piece in range(1, PIECES):
         amax = tl.maximum(amax, tl.abs(_input(x, weight, piece * BLOCK + k, K, rstd, INPUT)))
-    s = tl.math.div_rn(tl.max(amax), 448.0)
-    s = tl.where(s == 0, 1.0, s)
+    s = token_scale(tl.max(amax))
     tl.store(scale + row, s)
     _write(y, s, data, k, data_stride, BLOCK, ORDERED, FAST)
     for piece in range(1, PIECES):

@@ -7,20 +7,40 @@ import triton.language as tl
 from torch import Tensor
 
 from adallm.formats import E4M3_MAX
-from adallm.kernels.dequant import to_e4m3
-from adallm.paged import Scale
+from adallm.kernels.dequant import to_e4m3, token_scale
+from adallm.paged import Scale, kind_of
 
 _MAX = tl.constexpr(E4M3_MAX)
 
 
 @triton.jit
-def _write(x, cache, scale, slot, heads, h, at, SCALES: tl.constexpr, EIGHT: tl.constexpr, FAST: tl.constexpr, inside):
-    y = tl.load(x, mask=inside, other=0.0)
+def _write(
+    x,
+    x_n,
+    x_h,
+    cache,
+    c_b,
+    c_t,
+    c_h,
+    scale,
+    n,
+    slot,
+    heads,
+    BLOCK: tl.constexpr,
+    HP: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    SCALES: tl.constexpr,
+    EIGHT: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    h, d = tl.arange(0, HP), tl.arange(0, DP)
+    inside = (h < heads)[:, None] & (d < D)[None, :]
+    y = tl.load(x + n * x_n + h[:, None] * x_h + d[None, :], mask=inside, other=0.0)
     if EIGHT:
         y = y.to(tl.float32)
         if SCALES == "token":
-            amax = tl.max(tl.abs(y), axis=1)
-            of_head = tl.where(amax == 0, 1.0, tl.math.div_rn(amax, _MAX))
+            of_head = token_scale(tl.max(tl.abs(y), axis=1))
             tl.store(scale + slot * heads + h, of_head, mask=h < heads)
             y = tl.math.div_rn(y, tl.broadcast_to(of_head[:, None], y.shape))
         elif SCALES == "tensor":
@@ -30,6 +50,7 @@ def _write(x, cache, scale, slot, heads, h, at, SCALES: tl.constexpr, EIGHT: tl.
         if not FAST:
             y = tl.where(y == y, tl.minimum(tl.maximum(y, -_MAX), _MAX), y)
         y = to_e4m3(y, FAST)
+    at = slot // BLOCK * c_b + slot % BLOCK * c_t + h[:, None] * c_h + d[None, :]
     tl.store(cache + at, y, mask=inside)
 
 
@@ -64,37 +85,8 @@ def write_kv_kernel(
     n = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + n)
     if slot >= 0:
-        block, position = slot // BLOCK, slot % BLOCK
-        h, d = tl.arange(0, HP), tl.arange(0, DP)
-        inside = (h < heads)[:, None] & (d < D)[None, :]
-        at = block * kc_b + position * kc_t + h[:, None] * kc_h + d[None, :]
-        _write(
-            k + n * k_n + h[:, None] * k_h + d[None, :],
-            k_cache,
-            k_scale,
-            slot,
-            heads,
-            h,
-            at,
-            SCALES,
-            EIGHT,
-            FAST,
-            inside,
-        )
-        at = block * vc_b + position * vc_t + h[:, None] * vc_h + d[None, :]
-        _write(
-            v + n * v_n + h[:, None] * v_h + d[None, :],
-            v_cache,
-            v_scale,
-            slot,
-            heads,
-            h,
-            at,
-            SCALES,
-            EIGHT,
-            FAST,
-            inside,
-        )
+        _write(k, k_n, k_h, k_cache, kc_b, kc_t, kc_h, k_scale, n, slot, heads, BLOCK, HP, D, DP, SCALES, EIGHT, FAST)
+        _write(v, v_n, v_h, v_cache, vc_b, vc_t, vc_h, v_scale, n, slot, heads, BLOCK, HP, D, DP, SCALES, EIGHT, FAST)
 
 
 def launch(
@@ -108,9 +100,6 @@ def launch(
     v_scale: Scale = 1.0,
 ) -> None:
     """``write_kv`` of arguments that ``check_write`` has seen; stride 1 along D of k and v."""
-    kind = "number"
-    if isinstance(k_scale, Tensor):
-        kind = "token" if k_scale.dim() else "tensor"
     tokens, heads, d = k.shape
     if not tokens:
         return
@@ -132,7 +121,7 @@ def launch(
         HP=rows,
         D=d,
         DP=columns,
-        SCALES=kind,
+        SCALES=kind_of(k_scale),
         EIGHT=k_cache.itemsize == 1,
         FAST=k.device.type != "cpu",
         num_warps=min(max(rows * columns // 256, 1), 8),
