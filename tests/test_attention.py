@@ -238,10 +238,10 @@ def test_on_a_gpu_the_kernels_run_in_a_graph_while_lengths_change():
     workspace, out = Workspace.of(q, k_cache), torch.empty_like(q)
     paged_decode(q, k_cache, v_cache, table, lengths, scale=0.125, out=out, workspace=workspace)
     graph = torch.cuda.CUDAGraph()
-    before = torch.cuda.memory_allocated()
     with torch.cuda.graph(graph):
+        before = torch.cuda.memory_allocated()
         paged_decode(q, k_cache, v_cache, table, lengths, scale=0.125, out=out, workspace=workspace)
-    assert torch.cuda.memory_allocated() == before
+        assert torch.cuda.memory_allocated() == before
     for now in ([400, 0, 70], [1, 0, 33], [399, 0, 2]):
         lengths.copy_(torch.tensor(now))
         graph.replay()

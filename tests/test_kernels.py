@@ -221,7 +221,7 @@ def test_what_w4a8_rounds_and_by_how_much():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize(("m", "k"), [(1, 16), (3, 48), (5, 208), (2, 4096), (2, 4112), (2, 32784)])
+@pytest.mark.parametrize(("m", "k"), [(1, 16), (3, 48), (5, 208), (2, 4096), (2, 4112), (2, 9216), (2, 32784)])
 def test_tokens_are_those_of_the_reference(dtype, m, k):
     x = torch.randn(m, 2 * k, device=DEVICE).to(dtype)[:, :k]
     x[0] = 0

@@ -18,6 +18,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_init, warpgroup_mma_wait
+from triton.language.extra.cuda import gdc_wait
 
 from adallm.kernels import dequant, matmul
 from adallm.kernels.hopper_weights import weights
@@ -260,6 +261,10 @@ def nvfp4_matmul_hopper(
     mma: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[gl.num_warps(), 1], instr_shape=[16, BM, 32 if KIND == "fp8" else 16]
     )
+    # Launched before the quantizer in front has ended, if a multiprocessor has room for one block only: several might
+    # meet on one while others have none.
+    if KIND == "fp8" and BM == 256:
+        gdc_wait()
     rows = gl.allocate_shared_memory(gl.float32, [R * 16], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     pid = gl.program_id(0)
     # Pairs of steps: the tensor core works on one while the other is made.
@@ -350,4 +355,5 @@ def launch(
         STAGES=config.stages,
         PROMOTE=promote(config, k) if x_scale is not None else 0,
         num_warps=config.warps,
+        launch_pdl=x_scale is not None and config.m == 256,
     )

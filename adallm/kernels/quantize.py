@@ -2,7 +2,7 @@
 
 ``y`` is ``x`` itself, ``x * rsqrt(mean(x^2) + eps) * weight`` (RMSNorm), or ``silu(x[:K]) * x[K:]``, in FP32 and never
 rounded in between. The columns of ``data`` are written in ``FP8_COLUMNS`` order, which the kernels multiply by, and
-padded with zeros to a multiple of 64.
+padded with zeros to a multiple of 64. On Hopper the product behind it may be launched meanwhile (``hopper.py``).
 """
 
 from __future__ import annotations
@@ -11,14 +11,17 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from adallm.fp8 import INPUT_DTYPES
+from adallm.kernels import choice
 from adallm.kernels.dequant import fp8_order, to_e4m3, token_scale
 from adallm.kernels.layout import padded
 
-# Longest row that a block keeps in registers; of a longer one it reads pieces, again for each pass, from the cache.
-_ONE_PIECE = 32768
-_PIECE = 4096
+# Longest row that a block keeps in registers, and longest piece of a longer one, which it reads again for each pass:
+# registers for a whole one would leave a multiprocessor room for one block.
+_ONE_PIECE = 4096
+_PIECE = 8192
 
 
 @triton.jit
@@ -68,7 +71,10 @@ def fp8_tokens(
     INPUT: tl.constexpr,
     ORDERED: tl.constexpr,
     FAST: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     x += row * x_stride
     data += row * data_stride
@@ -130,7 +136,8 @@ def quantize_tokens(
     scale = torch.empty(m, dtype=torch.float32, device=x.device)
     if not m:
         return data, scale
-    block = max(triton.next_power_of_2(k), 64) if k <= _ONE_PIECE else _PIECE
+    columns = max(triton.next_power_of_2(k), 64)
+    block = columns if k <= _ONE_PIECE else min(columns // 4, _PIECE)
     fp8_tokens[(m,)](
         x,
         weight,
@@ -145,6 +152,7 @@ def quantize_tokens(
         INPUT="silu_and_mul" if gated else "none" if weight is None else "rms_norm",
         ORDERED=ordered,
         FAST=x.device.type != "cpu",
-        num_warps=16 if k > block else min(max(block // 512, 1), 32 if block > 16384 else 16),
+        EARLY=x.is_cuda and choice.gpu(x.device.index).family == "sm_90",
+        num_warps=max(block // 512, 1) if k <= block else min(block // 256, 16),
     )
     return data, scale

@@ -127,8 +127,8 @@ def replaced(launcher: Callable[..., Any], call: Callable[..., Any]) -> Iterator
 
 @dataclass(frozen=True)
 class Named:
-    """A build and what a table says of it: the kernel, what it multiplies or writes, and its configuration, where the
-    table in ``choice.py`` has one.
+    """A build and what a table says of it: the kernel, what it multiplies, writes, or quantizes and of which K, and its
+    configuration, where the table in ``choice.py`` has one.
     """
 
     kernel: str
@@ -150,10 +150,11 @@ def builds() -> list[Named]:
     for kind, dtype in DTYPES.items():
         given = {"words": words, "scales": scales, "shift": shift, "n": 4096, "k": 4096, "dtype": dtype}
         found.append(_named(expand.expand, kind, given))
-    x, gated, weight = _meta(16, 4096), _meta(16, 8192), _meta(4096)
-    found.append(_named(quantize.quantize_tokens, "none", {"x": x}))
-    found.append(_named(quantize.quantize_tokens, "rms_norm", {"x": x, "weight": weight}))
-    found.append(_named(quantize.quantize_tokens, "silu_and_mul", {"x": gated, "gated": True}))
+    for k in (4096, 8192, 16384, 32768):  # a row in one piece, and in the pieces of each size
+        x, gated, weight = _meta(16, k), _meta(16, 2 * k), _meta(k)
+        found.append(_named(quantize.quantize_tokens, f"none {k}", {"x": x}))
+        found.append(_named(quantize.quantize_tokens, f"rms_norm {k}", {"x": x, "weight": weight}))
+        found.append(_named(quantize.quantize_tokens, f"silu_and_mul {k}", {"x": gated, "gated": True}))
     return found
 
 
