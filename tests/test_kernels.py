@@ -123,7 +123,7 @@ OVERLAPPING = [
     Config(128, 256, 64, 1, 1, 8, 4, True),
     Config(64, 16, 64, 1, 1, 4, 4, True, 3),
     Config(128, 128, 64, 1, 1, 8, 4, True, 4),
-    Config(64, 256, 128, 1, 1, 4, 4, True, 2),
+    Config(64, 256, 128, 1, 1, 4, 3, True, 2),
 ]
 
 

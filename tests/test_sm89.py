@@ -48,6 +48,17 @@ def test_every_build(monkeypatch):
             if not right
         ]
     assert not wrong, "\n".join(wrong)
+    # What Hopper's driver makes of the same PTX: it has no FP8 mma.sync and converts.
+    for c, there in zip(found, counts.measured("sm_90"), strict=True):
+        assert (there.kernel, there.kind, there.config, there.problem) == (c.kernel, c.kind, c.config, "")
+        assert there.steps == c.steps
+        assert not c.config or there.mma.startswith("HMMA.16816")
+        assert c.kind != "fp8" or not c.config or there.loop > 1.3 * c.loop
+
+
+def test_ptx_that_cannot_be_assembled():
+    with pytest.raises(RuntimeError, match=r"ptxas failed: .*sm_10'"):
+        sass.assembled(".version 8.4\n.target sm_89\n.address_size 64\n", "sm_10")
 
 
 def test_a_process_that_fails_says_why(monkeypatch):

@@ -56,8 +56,8 @@ def test_one_block_moves_only_what_it_has_in_flight():
 
 def test_a_large_product_is_bound_by_the_tensor_cores():
     p = Product(8192, 64 * 128, 8192)
-    for kind, rate in (("bf16", 165), ("fp8", 330)):
-        projected = model.project(made_up(kind=kind), GPUS["RTX 4090"], p, EXACT)
+    for mma, rate in (("HMMA.16816.F32.BF16", 165), ("QMMA.16832.F32.E4M3.E4M3", 330)):
+        projected = model.project(made_up(mma=mma), GPUS["RTX 4090"], p, EXACT)
         assert projected.bound == "tensor"
         assert projected.us == pytest.approx(2 * p.m * p.n * p.k / rate / 1e6)
     # mma.sync reaches 60% on Hopper; 132 SMs for 65536 blocks leave a last wave of little work.
@@ -105,7 +105,7 @@ def few(monkeypatch):
     """Counts of every configuration without compiling any."""
     found = tuple(made_up(kind=kind, config=config) for kind, config in choice.configurations("sm_89"))
     found += (made_up(kernel="nvfp4_expand", config=None, mma="", instr_per_weight=9.0),)
-    monkeypatch.setattr(counts, "measured", lambda: found)
+    monkeypatch.setattr(counts, "measured", lambda gpu="sm_89": found)
     return found
 
 

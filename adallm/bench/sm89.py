@@ -2,7 +2,8 @@
 
 The counts come from the sm_89 binaries. Times for Ada cards are projected by ``adallm.sm89.model``. On an Ada or Hopper
 GPU the same PTX is checked and timed, beside the native build of the same configuration, and the model's two constants
-are fitted to those times; elsewhere both the constants and the model's error are those of the last such record.
+are fitted to those times, by counts of what that GPU makes of the PTX; elsewhere both the constants and the model's
+error are those of the last such record.
 """
 
 from __future__ import annotations
@@ -158,17 +159,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     where, known = (last["provenance"]["gpu"], model_errors(last["rows"])) if last else (None, {})
     found = cases(counts)
     measured: dict[tuple[str, str, int], dict[str, float]] = {}
-    here = None
+    here, ran = None, []
     if torch.cuda.is_available() and torch.cuda.get_device_capability() >= GPUS[CARD].capability:
         device = torch.cuda.get_device_name()
         here = hardware.find(device) or device
-        measured = measure(found, repeats=options.repeats)
+        ran = cases(read_back.measured("sm_{}{}".format(*torch.cuda.get_device_capability())))
+        measured = measure(ran, repeats=options.repeats)
     if here in GPUS:
-        times = [(case.counts, GPUS[here], case.product, measured[case.key]["measured_us"]) for case in found]
+        times = [(case.counts, GPUS[here], case.product, measured[case.key]["measured_us"]) for case in ran]
         where, constants = here, model.fit(times)
 
     rows = [time_row(case, card, constants) for case in found for card in CARDS if card != here]
-    rows += [measured_row(case, here, constants, measured[case.key]) for case in found if measured]
+    rows += [measured_row(case, here, constants, measured[case.key]) for case in ran]
     known = model_errors(rows) or known
     print(f"\n{time_table(rows, known)}\n\n{summary(known, where)}")
     path = results.write(

@@ -1,4 +1,4 @@
-"""``python -m adallm.sm89``: the counts of every build as JSON."""
+"""``python -m adallm.sm89 [GPU]``: the counts of every build as JSON."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ import sys
 from adallm.sm89.build import builds
 from adallm.sm89.counts import count, row
 
-PROCESSES = 2
+PROCESSES = 8
 
 
-def _row(index: int) -> dict[str, object]:
-    return row(count(builds()[index]))
+def _row(index: int, gpu: str) -> dict[str, object]:
+    return row(count(builds()[index], gpu))
 
 
-def main() -> int:
+def main(argv: list[str]) -> int:
+    gpu = argv[0] if argv else "sm_89"
     # A fork has the kernels imported already.
     with multiprocessing.get_context("fork").Pool(min(PROCESSES, os.cpu_count() or 1)) as pool:
-        json.dump(pool.map(_row, range(len(builds())), chunksize=1), sys.stdout)
+        json.dump(pool.starmap(_row, [(i, gpu) for i in range(len(builds()))], chunksize=1), sys.stdout)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

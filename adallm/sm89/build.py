@@ -62,8 +62,8 @@ class Build:
 
 
 def build(fn: JITFunction, *args: Any, **kwargs: Any) -> Build:
-    """The build for these arguments, with ``FAST`` on, and as the JIT specializes except that no integer is taken for a
-    constant because it is 1.
+    """The build for these arguments, with ``FAST`` on and ``EARLY`` off, as Ada has them, and as the JIT specializes
+    except that no integer is taken for a constant because it is 1.
 
     Raises:
         RuntimeError: ``fn`` belongs to Triton's interpreter.
@@ -74,6 +74,8 @@ def build(fn: JITFunction, *args: Any, **kwargs: Any) -> Build:
     options = {name: given.pop(name) for name in [*given] if name not in fn.arg_names}
     if "FAST" in fn.arg_names:
         given["FAST"] = True
+    if "EARLY" in fn.arg_names:
+        given["EARLY"] = False
     signature, constants, aligned = {}, {}, []
     for parameter in fn.params:
         name, value = parameter.name, given[parameter.name]

@@ -1,4 +1,4 @@
-"""What each build takes on an Ada SM, read back from its binary.
+"""What each build takes on an Ada SM, read back from its binary; or what its PTX takes when assembled for another GPU.
 
 The kernels of a process are either compiled or, with ``TRITON_INTERPRET``, interpreted. So the reading is done by
 another process, ``python -m adallm.sm89``, which does not inherit that.
@@ -29,7 +29,7 @@ ADA = GPUS["RTX 4090"]
 
 @dataclass(frozen=True)
 class Counts:
-    """Read from one sm_89 binary.
+    """Read from one binary.
 
     Attributes:
         kernel, kind, config: as ``build.Named`` has them.
@@ -37,7 +37,7 @@ class Counts:
         regs: registers of a thread.
         spills: bytes a thread moves to and from local memory.
         shared: bytes of a block.
-        blocks_per_sm: resident at once.
+        blocks_per_sm: resident at once on an Ada SM.
         mma: the tensor-core instruction, ``""`` for none.
         loop: instructions in the main loop, or in all if there is none.
         outside: instructions outside the main loop.
@@ -75,11 +75,14 @@ class Counts:
         return self.config.label
 
 
-def count(named: Named) -> Counts:
-    """Compile a build and read it back; where that fails, zeros and the message in ``problem``."""
+def count(named: Named, gpu: str = "sm_89") -> Counts:
+    """Compile a build for sm_89 and read it back, or what a driver makes of its PTX on another GPU; where that fails,
+    zeros and the message in ``problem``.
+    """
     try:
         kernel = compiled(named.build)
-        return _read(named, kernel, sass.listing(kernel.asm["cubin"]))
+        cubin = kernel.asm["cubin"] if gpu == "sm_89" else sass.assembled(kernel.asm["ptx"], gpu)
+        return _read(named, kernel, sass.listing(cubin))
     except Exception as error:
         zeros = {field.name: 0 for field in fields(Counts)} | {"instr_per_weight": 0.0, "mma": ""}
         return Counts(**zeros | {**_names(named), "problem": f"{type(error).__name__}: {error}"})
@@ -128,8 +131,8 @@ def _steps(named: Named, loop: list[str]) -> int:
     if named.config is None:
         return 1
     config = named.config
-    one = 16 * 8 * (32 if named.kind == "fp8" else 16) * config.warps
-    steps = len(sass.mma(loop)) * one / (config.n * config.m * config.k * config.slices)
+    columns = sum(32 if ".16832." in name else 16 for name in sass.mma(loop))
+    steps = 16 * 8 * columns * config.warps / (config.n * config.m * config.k * config.slices)
     if steps < 1 or steps % 1:
         raise RuntimeError(f"the main loop has {steps} times the products of a step")
     return int(steps)
@@ -141,14 +144,17 @@ def row(counts: Counts) -> dict[str, Any]:
 
 
 @functools.cache
-def measured() -> tuple[Counts, ...]:
+def measured(gpu: str = "sm_89") -> tuple[Counts, ...]:
     """``count`` of every build, by two processes; once in the life of this one.
+
+    Args:
+        gpu: that the sm_89 PTX is assembled for.
 
     Raises:
         RuntimeError: that process failed, with what it wrote.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-m", "adallm.sm89"], capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, "-m", "adallm.sm89", gpu], capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(f"python -m adallm.sm89 failed:\n{done.stderr[-4000:]}")
     return tuple(

@@ -18,6 +18,9 @@ SM* are ``ceil(blocks / SMs)``, which is what a last, partly filled wave costs.
 Left out: clocks other than boost, the sums of split blocks, activations that several blocks read (the L2 cache has
 both), and whatever makes the three overlap less.
 
+Hopper has no FP8 ``mma.sync``: what its driver makes of the same PTX converts to FP16 first. Times there are projected
+from counts of that (``counts.measured("sm_90")``).
+
 Two constants come from no binary and no data sheet: the issue efficiency, and the latency of a launch with its first
 loads and last stores. ``fit`` takes them from times of this PTX on another GPU: the pair on a grid with the least sum
 of squared ``log(projected / measured)``. Until there are any, ``ASSUMED`` stands for them.
@@ -93,7 +96,7 @@ def project(counts: Counts, gpu: GPU, product: Product, constants: Constants = A
     loop = max(counts.loop, 2 * counts.alu, 2 * counts.fma) / counts.steps
     clocks = (steps * loop + counts.outside) * counts.warps / SCHEDULERS
     operations = 2 * config.n * config.m * config.k * config.slices * steps
-    tflops = (gpu.fp8_tflops if counts.kind == "fp8" else gpu.fp16_tflops) * gpu.mma_sync
+    tflops = (gpu.fp8_tflops if counts.mma.startswith("QMMA") else gpu.fp16_tflops) * gpu.mma_sync
 
     memory_us = _bytes(counts.kind, product) / _bandwidth(counts, gpu, blocks) / 1e3
     issue_us = clocks * busiest / (gpu.clock_ghz * constants.issue) / 1e3

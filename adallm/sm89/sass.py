@@ -27,6 +27,18 @@ _BACK = re.compile(r"\bBRA\b.*\b0x([0-9a-f]+)")
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+).* LOCAL:(\d+)")
 
 
+def assembled(ptx: str, gpu: str) -> bytes:
+    """A cubin for ``"sm_90"``, by Triton's ``ptxas``: about what a driver makes of the PTX when it is loaded there."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
+        source.write_text(ptx)
+        tool = triton.knobs.nvidia.ptxas.path
+        done = subprocess.run([tool, f"--gpu-name={gpu}", source, "-o", cubin], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"ptxas failed: {done.stderr.strip()}")
+        return cubin.read_bytes()
+
+
 def listing(cubin: bytes) -> str:
     """``cuobjdump -res-usage -sass`` of a cubin, by the tool that Triton's wheel or ``TRITON_CUOBJDUMP_PATH`` has."""
     with tempfile.TemporaryDirectory() as folder:
