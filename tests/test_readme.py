@@ -43,7 +43,7 @@ def test_what_is_said_of_the_projection_is_in_the_record():
     known = sm89.model_errors(record["rows"])
     assert f"those {len(known)} times: there its error is" in README
     assert sm89.summary(known, "it").endswith("its error is 8% in the median and 26% at most.")
-    assert "3% in the median and 22% at most" in README
+    assert "8% in the median and 26% at most" in README
 
 
 def test_every_path_exists():
