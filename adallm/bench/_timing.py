@@ -40,6 +40,7 @@ def replays(runs: Sequence[Callable[[], object]], *, at_least_us: float) -> Call
         at_least_us: a replay holds as many calls as it takes to last this long, so that gaps between replays are small.
     """
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # which may still be filling the inputs
     with torch.cuda.stream(stream):
         for run in runs[:3]:
             run()

@@ -1,12 +1,13 @@
 """Decode attention over a paged KV cache, ``adallm/attention.py`` in one launch.
 
-Work is counted in steps of ``N`` tokens of one sequence and one KV head, whose query heads, and the query tokens of a
-sequence, are the rows of one tile, or of several. A fixed number of programs shares the steps of all sequences evenly,
-whatever the lengths are at the time: one long sequence is split among all programs, and many short ones are several to
-each. Each program sums up the lengths itself, so that a CUDA graph keeps working when they change.
+The query heads of a KV head, for the query tokens of a sequence, are the rows of one tile, or of several. Work is
+counted in steps of ``N`` tokens of one sequence. A fixed number of groups of programs, one for each tile of a sequence,
+shares the steps of all sequences evenly, whatever the lengths are at the time: one long sequence is split among all,
+and many short ones are several to each. Each program sums up the lengths itself, so that a CUDA graph keeps working
+when they change.
 
-A program goes through its steps backwards. Of a tile that another program ends it leaves maxima and sums in the
-workspace; the one that ends a tile waits for those before it, which were launched before it, and adds theirs in order.
+A program goes through its steps backwards. Of a tile that it shares with other groups it leaves maxima and sums in the
+workspace; the one that ends a tile waits for those before it, which were launched before it, and adds all in order.
 
 Numerics: with an E4M3 cache, which is exact in FP16, a query row is brought to FP16 by a power of two, exactly but for
 values below 2^-14 of the row's largest; 16-bit caches are multiplied as they are. Logits and sums are FP32, the softmax
@@ -56,12 +57,28 @@ def _exponent(x):
 
 
 @triton.jit
-def _merged(m, total, m_2, total_2):
-    """Maximum and sum of two parts of a softmax, and what each part's own terms are to be multiplied by."""
-    m_3 = tl.maximum(m, m_2)
-    at = tl.where(m_3 == float("-inf"), 0.0, m_3)
-    shrink, grow = tl.exp2(m - at), tl.exp2(m_2 - at)
-    return m_3, total * shrink + total_2 * grow, shrink, grow
+def _weighed_parts(ms, m):
+    """``_weighed`` of parts along the first dimension."""
+    m_2 = tl.maximum(m, tl.max(ms, axis=0))
+    at = tl.where(m_2 == float("-inf"), 0.0, m_2)
+    return m_2, tl.exp2(m - at), tl.exp2(ms - at[None, :])
+
+
+@triton.jit
+def _norm(m, total, top, sink, v_scale, SCALES: tl.constexpr):
+    """What sums of weighed values are to be multiplied by."""
+    if sink is not None:
+        m_2 = tl.maximum(m, sink)
+        at = tl.where(m_2 == float("-inf"), 0.0, m_2)
+        m, total = m_2, total * tl.exp2(m - at) + tl.exp2(sink - at)
+    # Nothing seen: an empty sequence.
+    some = total > 0
+    norm = tl.where(some, tl.exp2(top - tl.where(some, m, 0.0)) / tl.where(some, total, 1.0), 0.0)
+    if SCALES == "number":
+        norm *= v_scale
+    elif SCALES == "tensor":
+        norm *= tl.load(v_scale)
+    return norm
 
 
 @triton.jit
@@ -70,6 +87,72 @@ def _weighed(logits, m):
     m_2 = tl.maximum(m, tl.max(logits, axis=1))
     at = tl.where(m_2 == float("-inf"), 0.0, m_2)
     return m_2, tl.exp2(m - at), tl.exp2(logits - at[:, None])
+
+
+@triton.jit
+def _join(
+    partial,
+    lowest,
+    last,
+    tiles,
+    sinks,
+    v_scale,
+    out,
+    h,
+    of_rows,
+    out_t,
+    out_h,
+    T: tl.constexpr,
+    G: tl.constexpr,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    EIGHT: tl.constexpr,
+    SCALES: tl.constexpr,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Add a tile's parts of groups ``lowest`` to ``last`` in order, several at a time, and write the result."""
+    size: tl.constexpr = M * (DP + 3)
+    row, column = tl.arange(0, ROWS), tl.arange(0, DP)
+    of_row = of_rows * M + row
+    in_row, token, of_head = of_row < T * G, of_row // G, h * G + of_row % G
+    m = tl.full([ROWS], float("-inf"), tl.float32)
+    top, total, acc = m, tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, DP], tl.float32)
+    for first in range(lowest, last + 1, PARTS):
+        group = first + tl.arange(0, PARTS)
+        at = partial + (group * tiles + tl.where(group == last, tl.num_programs(0), 0)) * size
+        there = (group <= last)[:, None] & in_row[None, :]
+        ms = tl.load(at[:, None] + M * DP + row[None, :], mask=there, other=float("-inf"), cache_modifier=".cg")
+        totals = tl.load(at[:, None] + M * (DP + 1) + row[None, :], mask=there, other=0.0, cache_modifier=".cg")
+        tops = ms
+        if SCALES == "token":
+            tops = tl.load(
+                at[:, None] + M * (DP + 2) + row[None, :], mask=there, other=float("-inf"), cache_modifier=".cg"
+            )
+        parts = tl.load(
+            at[:, None, None] + row[None, :, None] * DP + column[None, None, :],
+            mask=there[:, :, None],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        m_2, shrink, weights = _weighed_parts(ms, m)
+        total = total * shrink + tl.sum(totals * weights, axis=0)
+        m = m_2
+        if SCALES == "token":
+            top_2, shrink, weights = _weighed_parts(tops, top)
+            top = top_2
+        else:
+            top = m
+        acc = acc * shrink[:, None] + tl.sum(parts * weights[:, :, None], axis=0)
+    sink = None
+    if sinks is not None:
+        sink = tl.load(sinks + of_head, mask=in_row, other=0.0) * 1.4426950408889634
+    acc *= _norm(m, total, top, sink, v_scale, SCALES)[:, None]
+    if EIGHT:
+        column = column % (DP // 2) * 2 + column // (DP // 2)
+    at = token[:, None] * out_t + of_head[:, None] * out_h + column[None, :]
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask=in_row[:, None] & (column < D)[None, :])
 
 
 @triton.jit(do_not_specialize=["batch", "scale", "soft_cap", "window"])
@@ -111,6 +194,8 @@ def paged_decode_kernel(
     DP: tl.constexpr,
     BLOCK: tl.constexpr,
     N: tl.constexpr,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
     BATCH: tl.constexpr,
     EIGHT: tl.constexpr,
     SCALES: tl.constexpr,
@@ -119,21 +204,25 @@ def paged_decode_kernel(
     FAST: tl.constexpr,
 ):
     pid = tl.program_id(0)
+    # A tile has the rows of a KV head, or some of them. All tiles of a sequence go through its steps side by side, each
+    # by programs of its own, so that the heads of a token, neighbours in memory, are read at about the same time.
+    tiles = heads * ((T * G + M - 1) // M)
+    group, of_tile = pid // tiles, pid % tiles
+    h = of_tile % heads
     LOG2E: tl.constexpr = 1.4426950408889634
     i = tl.arange(0, BATCH)
     length = tl.load(lengths + i, mask=i < batch, other=0)
     # The first step that any query token of a sequence sees, and how many there are; an empty sequence has one.
     skipped = (tl.maximum(length - T - window + 1, 0) // N) if WINDOW else length * 0
     steps = tl.where(i < batch, tl.maximum((length + N - 1) // N - skipped, 1), 0)
-    tiles = heads * ((T * G + M - 1) // M)  # of a sequence
-    ends = tl.cumsum(steps * tiles)
-    all_steps = tl.sum(steps * tiles)
-    # No program has less than a step: those that wait count on each before them.
-    programs = tl.minimum(tl.num_programs(0), all_steps)
-    share = all_steps // programs
-    more = all_steps - share * programs
-    start = pid * share + pid * more // programs
-    stop = tl.where(pid < programs, (pid + 1) * share + (pid + 1) * more // programs, start)
+    ends = tl.cumsum(steps)
+    all_steps = tl.sum(steps)
+    # No group has less than a step: those that wait count on each before them.
+    groups = tl.minimum(tl.num_programs(0) // tiles, all_steps)
+    share = all_steps // groups
+    more = all_steps - share * groups
+    start = group * share + group * more // groups
+    stop = tl.where(group < groups, (group + 1) * share + (group + 1) * more // groups, start)
     row = tl.arange(0, M)
     # Columns in pairs where the cache has eight bits: H tells how many of them.
     H: tl.constexpr = DP // 2 if EIGHT else DP
@@ -145,16 +234,13 @@ def paged_decode_kernel(
     while stop > start:
         b = tl.sum((ends <= stop - 1).to(tl.int32))
         of_b = i == b
-        count = tl.sum(tl.where(of_b, steps, 0))
-        before = tl.sum(tl.where(of_b, ends, 0)) - count * tiles
         tokens = tl.sum(tl.where(of_b, length, 0))
-        first_step = tl.sum(tl.where(of_b, skipped, 0))
-        of_tile = (stop - 1 - before) // count
-        tile = before + of_tile * count
-        h = of_tile % heads
+        first_step = (tl.maximum(tokens - T - window + 1, 0) // N) if WINDOW else 0
+        count = tl.maximum((tokens + N - 1) // N - first_step, 1)
+        before = tl.sum(tl.where(of_b, ends, 0)) - count
         of_row = of_tile // heads * M + row
         in_row, token, of_head = of_row < T * G, of_row // G, of_row % G
-        begin, end = tl.maximum(start - tile, 0), stop - tile
+        begin, end = tl.maximum(start - before, 0), stop - before
 
         of_rows = q + b.to(tl.int64) * q_b + token[:, None] * q_t + (h * G + of_head)[:, None] * q_h
         inside = in_row[:, None] & in_d[None, :]
@@ -230,60 +316,59 @@ def paged_decode_kernel(
             if EIGHT:
                 acc_2 = tl.dot(weights, values_2, acc_2 * shrink[:, None], input_precision="ieee")
 
-        mine = partial + pid * size
-        if end < count:
-            tl.store(mine + row[:, None] * DP + d[None, :], acc)
-            if EIGHT:
-                tl.store(mine + row[:, None] * DP + H + d[None, :], acc_2)
-            tl.store(mine + M * DP + row, m)
-            tl.store(mine + M * (DP + 1) + row, total)
-            if SCALES == "token":
-                tl.store(mine + M * (DP + 2) + row, top)
-            tl.debug_barrier()
-            tl.atomic_add(arrivals + b * tiles + of_tile, 1, sem="release")
-        else:
-            if begin > 0:
-                lowest = (((tile + 1).to(tl.int64) * programs - 1) // all_steps).to(tl.int32)
-                while tl.atomic_add(arrivals + b * tiles + of_tile, 0, sem="acquire") < pid - lowest:
-                    pass
-                for p in range(lowest, pid):
-                    theirs = partial + p * size
-                    m, total, shrink, grow = _merged(
-                        m,
-                        total,
-                        tl.load(theirs + M * DP + row, cache_modifier=".cg"),
-                        tl.load(theirs + M * (DP + 1) + row, cache_modifier=".cg"),
-                    )
-                    if SCALES == "token":
-                        top, _, shrink, grow = _merged(
-                            top, total, tl.load(theirs + M * (DP + 2) + row, cache_modifier=".cg"), total
-                        )
-                    else:
-                        top = m
-                    part = tl.load(theirs + row[:, None] * DP + d[None, :], cache_modifier=".cg")
-                    acc = acc * shrink[:, None] + part * grow[:, None]
-                    if EIGHT:
-                        part = tl.load(theirs + row[:, None] * DP + H + d[None, :], cache_modifier=".cg")
-                        acc_2 = acc_2 * shrink[:, None] + part * grow[:, None]
-                tl.debug_barrier()
-                tl.store(arrivals + b * tiles + of_tile, 0)
+        if (begin == 0) & (end == count):
+            sink = None
             if sinks is not None:
-                sink = tl.load(sinks + h * G + of_head) * LOG2E
-                m, total, _, _ = _merged(m, total, sink, 1.0)
-            # Nothing seen: an empty sequence.
-            some = total > 0
-            norm = tl.where(some, tl.exp2(top - tl.where(some, m, 0.0)) / tl.where(some, total, 1.0), 0.0)
-            if SCALES == "number":
-                norm *= v_scale
-            elif SCALES == "tensor":
-                norm *= tl.load(v_scale)
-            result = acc * norm[:, None]
+                sink = tl.load(sinks + h * G + of_head, mask=in_row, other=0.0) * LOG2E
+            norm = _norm(m, total, top, sink, v_scale, SCALES)[:, None]
+            result = acc * norm
             if EIGHT:
-                result = tl.reshape(tl.join(result, acc_2 * norm[:, None]), [M, DP])
+                result = tl.reshape(tl.join(result, acc_2 * norm), [M, DP])
             column = tl.arange(0, DP)
             at = b.to(tl.int64) * out_b + token[:, None] * out_t + (h * G + of_head)[:, None] * out_h + column[None, :]
             tl.store(out + at, result.to(out.dtype.element_ty), mask=in_row[:, None] & (column < D)[None, :])
-        stop = tl.maximum(start, tile)
+        else:
+            # A program may end one tile and have a part of another.
+            mine = partial + (pid + tl.where(end == count, tl.num_programs(0), 0)) * size
+            tl.store(mine + row[:, None] * DP + d[None, :], acc, mask=in_row[:, None])
+            if EIGHT:
+                tl.store(mine + row[:, None] * DP + H + d[None, :], acc_2, mask=in_row[:, None])
+            tl.store(mine + M * DP + row, m, mask=in_row)
+            tl.store(mine + M * (DP + 1) + row, total, mask=in_row)
+            if SCALES == "token":
+                tl.store(mine + M * (DP + 2) + row, top, mask=in_row)
+            tl.debug_barrier()
+            counter = arrivals + b * tiles + of_tile
+            if end < count:
+                tl.atomic_add(counter, 1, sem="release")
+            else:
+                lowest = (((before + 1).to(tl.int64) * groups - 1) // all_steps).to(tl.int32)
+                while tl.atomic_add(counter, 0, sem="acquire") < group - lowest:
+                    pass
+                _join(
+                    partial + of_tile * size,
+                    lowest,
+                    group,
+                    tiles,
+                    sinks,
+                    v_scale,
+                    out + b.to(tl.int64) * out_b,
+                    h,
+                    of_tile // heads,
+                    out_t,
+                    out_h,
+                    T,
+                    G,
+                    M,
+                    D,
+                    DP,
+                    EIGHT,
+                    SCALES,
+                    ROWS,
+                    PARTS,
+                )
+                tl.store(counter, 0)
+        stop = tl.maximum(start, before)
 
 
 @dataclass(frozen=True)
@@ -312,8 +397,9 @@ def choose(shape: Shape) -> Config:
 
 
 def programs(shape: Shape, device: torch.device) -> int:
-    """Blocks of a launch, the same whatever the lengths are."""
-    return choose(shape).programs * choice.gpu(device.index).sms
+    """Blocks of a launch, the same whatever the lengths are: groups of one for each tile of a sequence."""
+    of_group = tiles(shape) // shape.batch
+    return max(choose(shape).programs * choice.gpu(device.index).sms // of_group, 1) * of_group
 
 
 def rows(shape: Shape) -> int:
@@ -329,7 +415,7 @@ def tiles(shape: Shape) -> int:
 
 def workspace_floats(shape: Shape, programs: int) -> int:
     """FP32 numbers of the workspace in which ``programs`` blocks leave parts of tiles."""
-    return programs * rows(shape) * (triton.next_power_of_2(shape.head_size) + 3)
+    return 2 * programs * rows(shape) * (triton.next_power_of_2(shape.head_size) + 3)
 
 
 def launch(
@@ -357,10 +443,12 @@ def launch(
 
     Args:
         q, out: ``[B, T, Hq, D]``, stride 1 along D.
-        programs: blocks of the launch.
+        programs: blocks of the launch, a multiple of the tiles of a sequence.
         partial: float32, at least ``workspace_floats(shape, programs)``.
         arrivals: int32, at least ``tiles(shape)`` zeros; zero again after.
     """
+    m, columns = rows(shape), triton.next_power_of_2(shape.head_size)
+    joined = min(triton.next_power_of_2(shape.queries * (shape.q_heads // shape.kv_heads)), m)
     pair = 2 if k_cache.itemsize == 1 else 1
     paged_decode_kernel[(programs,)](
         q,
@@ -387,11 +475,14 @@ def launch(
         window or 0,
         T=shape.queries,
         G=shape.q_heads // shape.kv_heads,
-        M=rows(shape),
+        M=m,
         D=shape.head_size,
-        DP=triton.next_power_of_2(shape.head_size),
+        DP=columns,
         BLOCK=shape.block_size,
         N=config.n,
+        ROWS=joined,
+        # 32 numbers for each thread.
+        PARTS=max(1024 * config.warps // (joined * columns), 1),
         BATCH=triton.next_power_of_2(shape.batch),
         EIGHT=k_cache.itemsize == 1,
         SCALES=kind_of(k_scale),
