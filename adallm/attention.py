@@ -52,13 +52,13 @@ class Workspace:
             q: ``[B, Hq, D]`` or ``[B, T, Hq, D]``, on a CUDA GPU.
             k_cache: ``[num_blocks, block_size, Hkv, D]``.
         """
-        from adallm.kernels import decode
+        from adallm.kernels import choice, decode_choice
 
         shape = Shape.of(q, k_cache)
-        size = decode.workspace_floats(shape, decode.programs(shape, q.device))
+        programs = decode_choice.programs(shape, k_cache.itemsize, choice.gpu(q.device.index))
         return cls(
-            torch.empty(size, dtype=torch.float32, device=q.device),
-            torch.zeros(decode.tiles(shape), dtype=torch.int32, device=q.device),
+            torch.empty(decode_choice.workspace_floats(shape, programs), dtype=torch.float32, device=q.device),
+            torch.zeros(decode_choice.tiles(shape), dtype=torch.int32, device=q.device),
         )
 
 
@@ -134,11 +134,11 @@ def paged_decode(
     _check_gpu(k_cache)
     if q.stride(-1) != 1:
         raise ValueError(f"q has strides {q.stride()}; the last must be 1")
-    from adallm.kernels import decode
+    from adallm.kernels import choice, decode, decode_choice
 
-    workspace = workspace or Workspace.of(q, k_cache)
-    programs = decode.programs(shape, q.device)
-    needed = (decode.workspace_floats(shape, programs), decode.tiles(shape))
+    workspace, gpu = workspace or Workspace.of(q, k_cache), choice.gpu(q.device.index)
+    programs = decode_choice.programs(shape, k_cache.itemsize, gpu)
+    needed = (decode_choice.workspace_floats(shape, programs), decode_choice.tiles(shape))
     had = (workspace.partial.numel(), workspace.arrivals.numel())
     if had[0] < needed[0] or had[1] < needed[1] or workspace.partial.device != q.device:
         raise ValueError(f"the workspace has room for {had} numbers on {workspace.partial.device}; it needs {needed}")
@@ -151,7 +151,7 @@ def paged_decode(
             seq_lens,
             shape.whole(out),
             shape,
-            decode.choose(shape),
+            decode_choice.choose(shape, k_cache.itemsize, gpu.family),
             programs=programs,
             partial=workspace.partial,
             arrivals=workspace.arrivals,

@@ -7,8 +7,8 @@ import torch
 from paged_step import E4M3, OPTIONS, caches, step
 
 from adallm.attention import paged_decode_reference, write_kv_reference
-from adallm.kernels import decode, write_kv
-from adallm.kernels.decode import Config
+from adallm.kernels import decode, decode_choice, write_kv
+from adallm.kernels.decode_choice import Config
 from adallm.paged import check_decode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -20,9 +20,9 @@ def run(q, k_cache, v_cache, table, lengths, *, groups, n=16, **options):
     checked = [options.get(name, 0.0 if name == "soft_cap" else None) for name in names]
     shape = check_decode(q, k_cache, v_cache, table, lengths, k_scale, v_scale, *checked)
     out = torch.full_like(q, float("nan"))
-    programs = groups * decode.tiles(shape) // shape.batch
-    partial = torch.full((decode.workspace_floats(shape, programs),), float("nan"), device=q.device)
-    arrivals = torch.zeros(decode.tiles(shape), dtype=torch.int32, device=q.device)
+    programs = groups * decode_choice.tiles(shape) // shape.batch
+    partial = torch.full((decode_choice.workspace_floats(shape, programs),), float("nan"), device=q.device)
+    arrivals = torch.zeros(decode_choice.tiles(shape), dtype=torch.int32, device=q.device)
     config = Config(n, 4, 3, 1)
     given = {"programs": programs, "partial": partial, "arrivals": arrivals, "scale": q.shape[-1] ** -0.5}
     decode.launch(q, k_cache, v_cache, table, lengths, out, shape, config, **given, **options)

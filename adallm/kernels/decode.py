@@ -17,14 +17,11 @@ logits and, those of each token, the exponents of the weights, so that both stay
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from adallm.kernels import choice
+from adallm.kernels.decode_choice import Config, rows
 from adallm.paged import Scale, Shape, kind_of
 
 # Two pairs of E4M3 -> the first of both in FP16, and the second of both.
@@ -54,14 +51,6 @@ def _pairs(x, FAST: tl.constexpr):
 @triton.jit
 def _exponent(x):
     return (tl.max(tl.abs(x), axis=1).to(tl.int32, bitcast=True) >> 23) & 0xFF
-
-
-@triton.jit
-def _weighed_parts(ms, m):
-    """``_weighed`` of parts along the first dimension."""
-    m_2 = tl.maximum(m, tl.max(ms, axis=0))
-    at = tl.where(m_2 == float("-inf"), 0.0, m_2)
-    return m_2, tl.exp2(m - at), tl.exp2(ms - at[None, :])
 
 
 @triton.jit
@@ -112,39 +101,39 @@ def _join(
     ROWS: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Add a tile's parts of groups ``lowest`` to ``last`` in order, several at a time, and write the result."""
+    """Add a tile's parts of groups ``lowest`` to ``last`` in order, ``PARTS`` loads at a time, and write the result."""
     size: tl.constexpr = M * (DP + 3)
     row, column = tl.arange(0, ROWS), tl.arange(0, DP)
     of_row = of_rows * M + row
     in_row, token, of_head = of_row < T * G, of_row // G, h * G + of_row % G
+    own = tl.num_programs(0)
     m = tl.full([ROWS], float("-inf"), tl.float32)
-    top, total, acc = m, tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, DP], tl.float32)
-    for first in range(lowest, last + 1, PARTS):
-        group = first + tl.arange(0, PARTS)
-        at = partial + (group * tiles + tl.where(group == last, tl.num_programs(0), 0)) * size
+    top, total = m, tl.zeros([ROWS], tl.float32)
+    for first in range(lowest, last + 1, 32):
+        group = first + tl.arange(0, 32)
+        at = (partial + (group * tiles + tl.where(group == last, own, 0)) * size + M * DP)[:, None] + row[None, :]
         there = (group <= last)[:, None] & in_row[None, :]
-        ms = tl.load(at[:, None] + M * DP + row[None, :], mask=there, other=float("-inf"), cache_modifier=".cg")
-        totals = tl.load(at[:, None] + M * (DP + 1) + row[None, :], mask=there, other=0.0, cache_modifier=".cg")
-        tops = ms
-        if SCALES == "token":
-            tops = tl.load(
-                at[:, None] + M * (DP + 2) + row[None, :], mask=there, other=float("-inf"), cache_modifier=".cg"
-            )
-        parts = tl.load(
-            at[:, None, None] + row[None, :, None] * DP + column[None, None, :],
-            mask=there[:, :, None],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        m_2, shrink, weights = _weighed_parts(ms, m)
-        total = total * shrink + tl.sum(totals * weights, axis=0)
+        ms = tl.load(at, mask=there, other=float("-inf"), cache_modifier=".cg")
+        totals = tl.load(at + M, mask=there, other=0.0, cache_modifier=".cg")
+        m_2 = tl.maximum(m, tl.max(ms, axis=0))
+        base = tl.where(m_2 == float("-inf"), 0.0, m_2)
+        total = total * tl.exp2(m - base) + tl.sum(totals * tl.exp2(ms - base[None, :]), axis=0)
         m = m_2
         if SCALES == "token":
-            top_2, shrink, weights = _weighed_parts(tops, top)
-            top = top_2
-        else:
-            top = m
-        acc = acc * shrink[:, None] + tl.sum(parts * weights[:, :, None], axis=0)
+            tops = tl.load(at + 2 * M, mask=there, other=float("-inf"), cache_modifier=".cg")
+            top = tl.maximum(top, tl.max(tops, axis=0))
+    top = top if SCALES == "token" else m
+    base = tl.where(top == float("-inf"), 0.0, top)
+    acc = tl.zeros([ROWS, DP], tl.float32)
+    for first in range(lowest, last + 1, PARTS):
+        for i in tl.static_range(PARTS):
+            group = first + i
+            at = partial + (group * tiles + tl.where(group == last, own, 0)) * size
+            there = (group <= last) & in_row
+            of_part = at + (M * (DP + 2) if SCALES == "token" else M * DP) + row
+            weights = tl.exp2(tl.load(of_part, mask=there, other=float("-inf"), cache_modifier=".cg") - base)
+            part = at + row[:, None] * DP + column[None, :]
+            acc += tl.load(part, mask=there[:, None], other=0.0, cache_modifier=".cg") * weights[:, None]
     sink = None
     if sinks is not None:
         sink = tl.load(sinks + of_head, mask=in_row, other=0.0) * 1.4426950408889634
@@ -217,8 +206,10 @@ def paged_decode_kernel(
     steps = tl.where(i < batch, tl.maximum((length + N - 1) // N - skipped, 1), 0)
     ends = tl.cumsum(steps)
     all_steps = tl.sum(steps)
-    # No group has less than a step: those that wait count on each before them.
-    groups = tl.minimum(tl.num_programs(0) // tiles, all_steps)
+    # Where there is little to read, more parts take longer to join than they save. And no group has less than a step:
+    # those that wait count on each before them.
+    worth = tl.sqrt(4.0 * batch * all_steps).to(tl.int32)
+    groups = tl.minimum(tl.minimum(tl.num_programs(0) // tiles, all_steps), tl.maximum(worth, 1))
     share = all_steps // groups
     more = all_steps - share * groups
     start = group * share + group * more // groups
@@ -371,53 +362,6 @@ def paged_decode_kernel(
         stop = tl.maximum(start, before)
 
 
-@dataclass(frozen=True)
-class Config:
-    """A launch.
-
-    Attributes:
-        n: tokens of a step, a power of two.
-        warps: warps in a block.
-        stages: steps in flight.
-        programs: blocks for each multiprocessor, which share all steps.
-    """
-
-    n: int
-    warps: int
-    stages: int
-    programs: int
-
-
-def choose(shape: Shape) -> Config:
-    """The configuration for a step: as many tokens at once as registers allow."""
-    m, columns = rows(shape), triton.next_power_of_2(shape.head_size)
-    if m == 16:
-        return Config(64 if columns <= 128 else 32, 4, 3, 2)
-    return Config(16 if m == 64 and columns == 128 else 32, 4 if columns <= 128 else 8, 3, 2)
-
-
-def programs(shape: Shape, device: torch.device) -> int:
-    """Blocks of a launch, the same whatever the lengths are: groups of one for each tile of a sequence."""
-    of_group = tiles(shape) // shape.batch
-    return max(choose(shape).programs * choice.gpu(device.index).sms // of_group, 1) * of_group
-
-
-def rows(shape: Shape) -> int:
-    """Rows of a tile, 16, 32 or 64: query tokens times the query heads of a KV head, or as many as registers allow."""
-    most = 64 if shape.head_size <= 128 else 32
-    return min(max(triton.next_power_of_2(shape.queries * (shape.q_heads // shape.kv_heads)), 16), most)
-
-
-def tiles(shape: Shape) -> int:
-    """Tiles of all sequences, each with a counter: more than one of a KV head read its keys and values as often."""
-    return shape.batch * shape.kv_heads * triton.cdiv(shape.queries * (shape.q_heads // shape.kv_heads), rows(shape))
-
-
-def workspace_floats(shape: Shape, programs: int) -> int:
-    """FP32 numbers of the workspace in which ``programs`` blocks leave parts of tiles."""
-    return 2 * programs * rows(shape) * (triton.next_power_of_2(shape.head_size) + 3)
-
-
 def launch(
     q: Tensor,
     k_cache: Tensor,
@@ -443,9 +387,8 @@ def launch(
 
     Args:
         q, out: ``[B, T, Hq, D]``, stride 1 along D.
-        programs: blocks of the launch, a multiple of the tiles of a sequence.
-        partial: float32, at least ``workspace_floats(shape, programs)``.
-        arrivals: int32, at least ``tiles(shape)`` zeros; zero again after.
+        config, programs, partial, arrivals: of ``decode_choice``: ``choose``, ``programs``, ``workspace_floats``
+            numbers, and ``tiles`` int32 zeros, which are zeros again after.
     """
     m, columns = rows(shape), triton.next_power_of_2(shape.head_size)
     joined = min(triton.next_power_of_2(shape.queries * (shape.q_heads // shape.kv_heads)), m)
@@ -481,8 +424,8 @@ def launch(
         BLOCK=shape.block_size,
         N=config.n,
         ROWS=joined,
-        # 32 numbers for each thread.
-        PARTS=max(1024 * config.warps // (joined * columns), 1),
+        # 64 numbers for each thread.
+        PARTS=min(max(2048 * config.warps // (joined * columns), 1), 16),
         BATCH=triton.next_power_of_2(shape.batch),
         EIGHT=k_cache.itemsize == 1,
         SCALES=kind_of(k_scale),
