@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -13,10 +14,9 @@ class WrongResultError(ValueError):
     """A result that is not what the reference says."""
 
 
-def rel_err(outputs: Sequence[Tensor], expected: Tensor) -> float:
-    """``max ||out - expected|| / ||expected||``, to four digits."""
-    error = max(float((out - expected).norm() / expected.norm()) for out in outputs)
-    return float(f"{error:.4g}")
+def rel_err(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """The largest ``||out - expected|| / ||expected||`` of pairs of both, to four digits; NaN if one is NaN."""
+    return float(f"{torch.stack([(out - expected).norm() / expected.norm() for out, expected in pairs]).max():.4g}")
 
 
 def check_errors(errors: dict[str, Any], limits: Mapping[str, float], *, ours: bool, rounds: str = "") -> None:

@@ -138,12 +138,14 @@ class Measurer:
                 raise WrongResultError(f"the output is {out.dtype} {list(out.shape)}, not bfloat16 {[m, n]}")
             if i in (0, len(prepared.calls) - 1):
                 outputs.append(out[rows].float())
-        errors = {"rel_err": rel_err(outputs, fp32_product(x[rows].float(), self._weight.dense))}
+        expected = fp32_product(x[rows].float(), self._weight.dense)
+        errors = {"rel_err": rel_err((out, expected) for out in outputs)}
         limits = {"rel_err": LIMITS.get(impl, PEER_LIMIT)}
         if impl == "adallm-w4a8":
             if self._operand is None:
                 self._operand = fp8_weight(self._weight.nvfp4)
-            errors["rel_err_operands"] = rel_err(outputs, fp32_product(fp8_tokens(x[rows]), self._operand))
+            expected = fp32_product(fp8_tokens(x[rows]), self._operand)
+            errors["rel_err_operands"] = rel_err((out, expected) for out in outputs)
             limits["rel_err_operands"] = OPERANDS_LIMIT
         _cases.check_errors(errors, limits, ours=impl in OURS, rounds=prepared.rounds)
         if x.is_cuda:
