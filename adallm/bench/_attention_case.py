@@ -88,24 +88,26 @@ class Measurer:
     def _step(self, step: Step, impls: Sequence[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         inputs = Inputs.of(step, self._pool_for(step), self._copies(step.nbytes(1)))
         case = {name: getattr(step, name) for name in ("heads", "block", "batch", "context", "ragged", "window")}
-        label = named(key_of(case))
         expected = _Expected(inputs)
         ready: dict[str, tuple[Prepared, dict[str, Any]]] = {}
         timed: dict[str, list[Callable[[], float]]] = {}
         absent = []
+
+        def gone(impl: str, error: Exception) -> None:
+            label = f"{named(key_of(case))} {impl}"
+            absent.append(_cases.absent(case | {"impl": impl}, label, error, ours=impl in OURS))
+
         for impl in impls:
             try:
                 prepared = BUILDERS[impl](inputs)
                 ready[impl] = prepared, expected.errors(prepared, ours=impl in OURS)
             except Exception as error:
-                gone = _cases.absent(case | {"impl": impl}, f"{label} {impl}", error, ours=impl in OURS)
-                absent.append(gone)
+                gone(impl, error)
         for impl, (prepared, _) in ready.items():
             try:
                 timed[impl] = [self._replays(prepared.calls, at_least_us=REPLAY_US)]
             except Exception as error:
-                gone = _cases.absent(case | {"impl": impl}, f"{label} {impl}", error, ours=impl in OURS)
-                absent.append(gone)
+                gone(impl, error)
         rows = []
         for impl, ((us, spread),) in in_turn(timed, repeats=self.repeats).items():
             prepared, errors = ready[impl]
