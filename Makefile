@@ -50,7 +50,7 @@ figures: $(STAMP) ## run every notebook from a fresh kernel and rewrite the figu
 bench: $(STAMP) ## run the benchmarks that fit this machine
 	@$(RUN) adallm.bench quantize
 	@$(RUN) adallm.bench sm89
-	@if nvidia-smi -L 2>/dev/null | grep -q '^GPU '; then $(RUN) adallm.bench linear; fi
+	@if nvidia-smi -L 2>/dev/null | grep -q '^GPU '; then $(RUN) adallm.bench linear && $(RUN) adallm.bench attention; fi
 
 model: $(STAMP) ## train the bundled model anew (needs a CUDA GPU)
 	@$(RUN) adallm.tiny.train

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from adallm import nvfp4
+from adallm.bench import _cases
+from adallm.bench._cases import WrongResultError, rel_err
 from adallm.bench._linear_summary import OURS
 from adallm.bench._peers import NVFP4_BITS, PEERS, Copies, Prepared, Weight
-from adallm.bench._timing import WARM_UP, copies, median_and_spread, replays
+from adallm.bench._timing import REPLAY_US, copies, in_turn, replays
 from adallm.linear import NVFP4Linear, fp32_product
 
 SEED = 0
@@ -22,11 +24,6 @@ OUTLIERS = 8  # input channels that are 8 times the others
 LIMITS = {"adallm-w4a16": 2e-3, "adallm-w4a8": 4e-2}
 OPERANDS_LIMIT = 2e-3  # of W4A8, against the same FP8 values
 PEER_LIMIT = 1e-2
-REPLAY_US = 2000  # of one graph, so that its launch, some us, is nothing beside it
-
-
-class WrongResultError(ValueError):
-    """Ours computed something that is not the product."""
 
 
 class Measurer:
@@ -87,14 +84,9 @@ class Measurer:
                 ]
             except Exception as error:
                 absent.append(self._absent(impl, m, error))
-        # In turn: the clock of a GPU that has become hot is the same for all.
-        rounds = [
-            {impl: [one() for one in of_impl] for impl, of_impl in timed.items()} for _ in range(self.repeats + WARM_UP)
-        ]
         rows = []
-        for impl in timed:
+        for impl, times in in_turn(timed, repeats=self.repeats).items():
             prepared, given, errors = ready[impl]
-            times = [median_and_spread(of_input) for of_input in zip(*(r[impl] for r in rounds), strict=True)]
             case = {"shape": shape, "n": n, "k": k, "m": m, "impl": impl}
             figures = _figures(case, *times[0], self.repeats, prepared, given)
             if len(times) > 1:
@@ -146,40 +138,23 @@ class Measurer:
                 raise WrongResultError(f"the output is {out.dtype} {list(out.shape)}, not bfloat16 {[m, n]}")
             if i in (0, len(prepared.calls) - 1):
                 outputs.append(out[rows].float())
-        errors = {"rel_err": _rel_err(outputs, fp32_product(x[rows].float(), self._weight.dense))}
+        expected = fp32_product(x[rows].float(), self._weight.dense)
+        errors = {"rel_err": rel_err((out, expected) for out in outputs)}
         limits = {"rel_err": LIMITS.get(impl, PEER_LIMIT)}
         if impl == "adallm-w4a8":
             if self._operand is None:
                 self._operand = fp8_weight(self._weight.nvfp4)
-            errors["rel_err_operands"] = _rel_err(outputs, fp32_product(fp8_tokens(x[rows]), self._operand))
+            expected = fp32_product(fp8_tokens(x[rows]), self._operand)
+            errors["rel_err_operands"] = rel_err((out, expected) for out in outputs)
             limits["rel_err_operands"] = OPERANDS_LIMIT
-        for name, limit in limits.items():
-            if not errors[name] < float("inf"):
-                raise WrongResultError(f"{name} is {errors[name]}")
-            if errors[name] > limit and impl in OURS:
-                raise WrongResultError(f"{name} is {errors[name]:.3g}, above {limit:g}")
-            if errors[name] > limit:
-                errors["note"] = f"{name} is above {limit:g}" + (f": {prepared.rounds}" if prepared.rounds else "")
+        _cases.check_errors(errors, limits, ours=impl in OURS, rounds=prepared.rounds)
         if x.is_cuda:
             torch.cuda.synchronize()
         return errors
 
     def _absent(self, impl: str, m: int, error: Exception) -> dict[str, Any]:
-        """What a peer's failure leaves, after a line about it.
-
-        Raises:
-            Exception: the error itself, with the case in it, where ours failed.
-        """
-        case = f"{self._shape} M={m} {impl}"
-        if impl in OURS:
-            if isinstance(error, WrongResultError):
-                raise WrongResultError(f"{case}: {error}") from error
-            error.add_note(f"in {case}")
-            raise error
-        message = str(error).strip().partition("\n")[0]
-        reason = f"{type(error).__name__}: {message}" if message else type(error).__name__
-        print(f"{case}: no row, {reason}", flush=True)
-        return {"shape": self._shape, "m": m, "impl": impl, "reason": reason}
+        case = {"shape": self._shape, "m": m, "impl": impl}
+        return _cases.absent(case, f"{self._shape} M={m} {impl}", error, ours=impl in OURS)
 
 
 def ours(weight: Weight, ms: Sequence[int], copies: Copies, *, activations: str) -> Prepared:
@@ -216,11 +191,6 @@ def fp8_tokens(x: Tensor) -> Tensor:
 
     data, scale = quantize_tokens(x)
     return data.float() * scale[:, None]
-
-
-def _rel_err(outputs: Sequence[Tensor], expected: Tensor) -> float:
-    error = max(float((out - expected).norm() / expected.norm()) for out in outputs)
-    return float(f"{error:.4g}")
 
 
 def _figures(

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from adallm import fp8
+from adallm.bench._cases import named
 from adallm.nvfp4 import NVFP4Tensor
 
 NVFP4_BITS = 4.5  # a code, and a sixteenth of a byte of scale
@@ -126,7 +126,7 @@ def marlin(weight: Weight, ms: Sequence[int], copies: Copies) -> Prepared:
 
     nbytes = weight.nvfp4.nbytes
     layers = [layer() for _ in range(copies(nbytes))]
-    name = f"{_named('vllm')} marlin_gemm"
+    name = f"{named('vllm')} marlin_gemm"
     return Prepared([partial(call, module=m) for m in layers], nbytes, NVFP4_BITS, path=lambda m: name)
 
 
@@ -176,7 +176,7 @@ def humming(weight: Weight, ms: Sequence[int], copies: Copies) -> Prepared:
     chosen = needed_ranges(get_heuristics_config(meta, **compute), ms)
     texts = {"compute_config": json.dumps(compute), "tuning_config": json.dumps(chosen)}
     HummingKernel.prepare_kernels(meta.to_str(), texts["compute_config"], texts["tuning_config"])
-    name = _named("humming-kernels")
+    name = named("humming-kernels")
 
     def path(m: int) -> str:
         config = next(config for low, high, config in chosen if low < m <= high)
@@ -198,14 +198,6 @@ def needed_ranges(entries: Sequence[Sequence[Any]], ms: Sequence[int]) -> list[l
             chosen.append([chosen[-1][1] if chosen else 0, high, value])
     chosen[-1][1] = 1 << 30
     return chosen
-
-
-def _named(distribution: str) -> str:
-    """A package and its version; the name alone for one that is on the path without being installed."""
-    try:
-        return f"{distribution} {importlib.metadata.version(distribution)}"
-    except importlib.metadata.PackageNotFoundError:
-        return distribution
 
 
 def _module(**tensors: Tensor) -> nn.Module:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 WARM_UP = 2  # replays that do not count
 L2_TIMES = 3  # copies of what is read cover the L2 cache this often
+REPLAY_US = 2000  # of one graph, so that its launch, some us, is nothing beside it
 
 
 def copies(nbytes: int) -> int:
@@ -24,6 +25,16 @@ def graph_us(
     """Median and interquartile range in us of one call, over ``repeats`` of ``replays``."""
     one = replays(runs, at_least_us=at_least_us)
     return median_and_spread([one() for _ in range(repeats + WARM_UP)])
+
+
+def in_turn(
+    timed: Mapping[str, Sequence[Callable[[], float]]], *, repeats: int
+) -> dict[str, list[tuple[float, float]]]:
+    """``median_and_spread`` of each, one replay of each before the next of any: the clock of a GPU that has become hot
+    is the same for all.
+    """
+    rounds = [{name: [one() for one in ones] for name, ones in timed.items()} for _ in range(repeats + WARM_UP)]
+    return {name: [median_and_spread(of) for of in zip(*(r[name] for r in rounds), strict=True)] for name in timed}
 
 
 def median_and_spread(times: Sequence[float]) -> tuple[float, float]:

@@ -12,17 +12,16 @@ quantization of its activations, ``scaled-mm-fp8`` with activations that are qua
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from adallm import results
-from adallm.bench._linear_case import SEED, Measurer, WrongResultError
+from adallm.bench import _run
+from adallm.bench._linear_case import SEED, Measurer
 from adallm.bench._linear_record import Record
 from adallm.bench._linear_summary import IMPLS, report, summary
 
@@ -45,15 +44,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", nargs="+", choices=LAYERS, default=list(LAYERS), help="default: all")
     parser.add_argument("--m", nargs="+", type=int, default=list(TOKENS), help="tokens (default: 1 to 8192)")
     parser.add_argument("--impls", nargs="+", choices=IMPLS, default=list(IMPLS), help="default: all")
-    parser.add_argument("--repeats", type=int, default=15, help="timed replays for each row (default: %(default)s)")
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="take no new case once this much time is spent")
-    parser.add_argument(
-        "--append", action="store_true", help="add what the record of the same commit and GPU lacks, and keep its rows"
-    )
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="root of the records (default: results)")
+    _run.add_options(parser)
     options = parser.parse_args(argv)
-    if options.repeats < 15:
-        parser.error("--repeats must be at least 15")
+    _run.check_options(parser, options)
     if min(options.m) < 1:
         parser.error("--m must be at least 1")
     options.m = sorted(set(options.m))
@@ -61,20 +54,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def plan(options: argparse.Namespace, record: Record) -> list[tuple[str, int, list[str]]]:
-    """Shape, M and implementations of every case that the record does not answer yet.
-
-    All rows of a case come from one run, so that a case that gets a new implementation is measured as a whole again.
-    """
-    cases = []
-    for model in options.models:
-        for layer in options.layers:
-            for m in options.m:
-                tried = record.tried((f"{model}.{layer}", m))
-                if not tried >= set(options.impls):
-                    impls = [impl for impl in IMPLS if impl in tried or impl in options.impls]
-                    cases.append((f"{model}.{layer}", m, impls))
-    return cases
+def cases(options: argparse.Namespace) -> list[_run.Case]:
+    """A case for each layer and M that is asked for."""
+    return [
+        _run.Case((shape, m), shape, f"M={m}", (shape, *SHAPES[shape], m), options.impls)
+        for shape in (f"{model}.{layer}" for model in options.models for layer in options.layers)
+        for m in options.m
+    ]
 
 
 def run(
@@ -85,51 +71,25 @@ def run(
     measurer: Callable[..., Any] = Measurer,
     clock: Callable[[], float] = time.monotonic,
 ) -> int:
-    """Measure, print and write; the record is written after each shape, so that a crash costs one shape at most.
-
-    Returns:
-        an exit code: 1 for a result of ours that is wrong, 2 for a record that cannot be appended to.
-    """
-    try:
-        record = Record(provenance, list(SHAPES), root=options.out, append=options.append)
-    except ValueError as error:
-        print(f"--append: {error}", file=sys.stderr)
-        return 2
-    cases = plan(options, record)
-    asked = len(options.models) * len(options.layers) * len(options.m)
-    print(
-        f"{len(cases)} cases to measure on {provenance['gpu']}, {asked - len(cases)} in the record already", flush=True
+    """Measure, print and write, as ``_run.run`` does; the record is written after each shape."""
+    return _run.run(
+        options,
+        lambda: Record(provenance, list(SHAPES), root=options.out, append=options.append),
+        cases(options),
+        impls=IMPLS,
+        gpu=provenance["gpu"],
+        measurer=lambda _: measurer(options.m, repeats=options.repeats),
+        report=report,
+        listed=_listed,
+        started=started,
+        clock=clock,
     )
-    if cases:
-        measuring = measurer(options.m, repeats=options.repeats)
-        record.add_bandwidth(measuring.bandwidth())
-        print(", ".join(f"{row['impl']} {row['tb_s']:.2f} TB/s" for row in record.rows if "tb_s" in row), flush=True)
-    left = []
-    for i, (shape, m, impls) in enumerate(cases):
-        if options.budget is not None and clock() - started >= options.budget:
-            left = cases[i:]
-            break
-        try:
-            rows, absent = measuring.case(shape, *SHAPES[shape], m, impls)
-        except WrongResultError as error:
-            print(f"stopped: {error}", file=sys.stderr)
-            return 1
-        record.add((shape, m), rows, absent)
-        print(f"{shape} M={m}: " + ", ".join(f"{row['impl']} {row['us']:.1f}" for row in rows) + " us", flush=True)
-        if i + 1 == len(cases) or cases[i + 1][0] != shape:
-            record.write()
-    if left:
-        print(f"left out, as the budget of {options.budget:g} s is spent; --append takes them up: {_listed(left)}")
-    if len(left) < len(cases):
-        print(f"wrote {os.path.relpath(record.write())}")
-    print(f"\n{report(record.rows)}")
-    return 0
 
 
-def _listed(cases: Sequence[tuple[str, int, Sequence[str]]]) -> str:
+def _listed(left: Sequence[_run.Case]) -> str:
     ms: dict[str, list[str]] = {}
-    for shape, m, _ in cases:
-        ms.setdefault(shape, []).append(str(m))
+    for case in left:
+        ms.setdefault(case.group, []).append(case.name.removeprefix("M="))
     return "; ".join(f"{shape} M={','.join(of_shape)}" for shape, of_shape in ms.items())
 
 
