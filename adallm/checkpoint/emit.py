@@ -99,7 +99,8 @@ def _compressed_tensors(schemes: Mapping[str, Scheme], dense: list[str], kv_cach
         "config_groups": config_groups,
         "ignore": sorted(dense),
         "kv_cache_scheme": None if kv_cache is None else number,
-        "producer": f"adallm {_version()}",
+        # An object, as ModelOpt has it: vLLM asks any producer for its name.
+        "producer": {"name": "adallm", "version": _version()},
     }
 
 
