@@ -1,4 +1,5 @@
-"""The command ``adallm``: ``adallm quantize SRC DST``, ``adallm inspect DIR``, ``adallm eval``, ``adallm bench WHAT``.
+"""The command ``adallm``: ``adallm quantize SRC DST``, ``adallm calibrate MODEL DST``, ``adallm inspect DIR``,
+``adallm eval``, ``adallm bench WHAT``.
 
 A subcommand is a function in ``COMMANDS`` that adds its parser and names the function to run; what is heavy to import
 is imported in there, so that ``adallm --help`` is quick. A run function takes the parsed arguments and returns an exit
@@ -91,6 +92,51 @@ def _quantize(args: argparse.Namespace) -> int:
         f"{done.path}: {done.quantized} NVFP4 weights in the {done.layout} layout, "
         f"{_size(done.source_bytes)} -> {_size(done.nbytes)}"
     )
+    return 0
+
+
+def _add_calibrate(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "calibrate",
+        help="compute the scales of an FP8 KV cache from text",
+        description="Run the quantized model in MODEL over text and write it to the new directory DST with one scale "
+        "for the keys and one for the values of each layer, where vLLM reads them. DST appears only when it is whole.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="a quantized directory of either layout, with its tokenizer")
+    parser.add_argument("dst", metavar="DST", help="the directory to write; it must not exist")
+    parser.add_argument(
+        "--text",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="UTF-8 text; may be repeated (default: source of Python's standard library that is not held out)",
+    )
+    parser.add_argument("--tokens", type=int, default=65_536, metavar="N", help="tokens to read (default: %(default)s)")
+    parser.add_argument(
+        "--method",
+        choices=("max", "percentile"),
+        default="max",
+        help="what a scale covers: the largest magnitude, or a percentile of the magnitudes (default: max)",
+    )
+    parser.add_argument("--percentile", type=float, metavar="P", help="for --method percentile (default: 99.99)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.set_defaults(run=_calibrate)
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    from adallm.calibrate import calibrate, table
+
+    done = calibrate(
+        args.model,
+        args.dst,
+        text=args.text,
+        tokens=args.tokens,
+        method=args.method,
+        percentile=args.percentile,
+        progress=not args.quiet,
+    )
+    print(table(done.layers, saturated=args.method == "percentile"))
+    print(f"{done.path}: KV-cache scales of {len(done.layers)} layers, from {done.tokens:,} tokens")
     return 0
 
 
@@ -215,7 +261,7 @@ def _print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"adallm: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
-COMMANDS: tuple[Callable[[Any], None], ...] = (_add_quantize, _add_inspect, _add_eval, _add_bench)
+COMMANDS: tuple[Callable[[Any], None], ...] = (_add_quantize, _add_calibrate, _add_inspect, _add_eval, _add_bench)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -110,7 +110,9 @@ def load(directory: Path, form: Format, *, scale_rule: str = "max", device: str 
             )
         stored = checkpoint.load(directory)
         config = AutoConfig.from_pretrained(directory)
-        del config.quantization_config
+        # Absent where only hf_quant_config.json declares it.
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
         dense = checkpoint.load_dense(directory, config.dtype or torch.bfloat16)
         model = _model_class(directory, config).from_pretrained(
             None, config=config, state_dict=dense, dtype=config.dtype

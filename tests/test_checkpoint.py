@@ -377,6 +377,17 @@ def test_kv_cache(source: Path, tmp_path: Path, layout: str) -> None:
     assert_same(raw(tmp_path / "dst"), raw(tmp_path / "second"))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_producer_is_an_object_with_a_name(source: Path, tmp_path: Path, layout: str) -> None:
+    path = convert(source, tmp_path / "dst", layout=layout).path
+    producer = json.loads((path / "config.json").read_text())["quantization_config"]["producer"]
+    assert producer["name"] == quantization_of(path).producer == "adallm"  # vLLM reads producer.get("name")
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"]["producer"] = "somebody"
+    (path / "config.json").write_text(json.dumps(config))
+    assert quantization_of(path).producer == "somebody"
+
+
 def mixed_directory(path: Path) -> Path:
     """ModelOpt MIXED_PRECISION: FP8 attention, by tensor in layer 0 and by channel in layer 1; NVFP4 MLP."""
     tensors, layers = dense_tensors(QWEN3), {}

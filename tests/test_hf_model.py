@@ -1,5 +1,7 @@
 """``hf_model.py``: what each format changes in a model, and that it changes nothing else."""
 
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -87,6 +89,15 @@ def test_a_stored_nvfp4_model_runs_its_own_weights(directory, ids, tmp_path, lay
     plain.to(torch.bfloat16).save_pretrained(dense)
     difference = logits(model, ids) - logits(hf_model.load(dense, FORMATS["bf16"]), ids)
     assert difference.norm() <= 2**-6 * logits(model, ids).norm()
+
+
+def test_a_stored_model_that_hf_quant_config_alone_declares(directory, ids, tmp_path):
+    path = checkpoint.convert(directory, tmp_path / "q").path
+    expected = logits(hf_model.load(path, FORMATS["nvfp4"]), ids)
+    config = json.loads((path / "config.json").read_text())
+    del config["quantization_config"]
+    (path / "config.json").write_text(json.dumps(config))
+    assert torch.equal(logits(hf_model.load(path, FORMATS["nvfp4"]), ids), expected)
 
 
 def test_activations_and_kv_cache_change_the_result_a_little(directory, ids):

@@ -24,7 +24,7 @@ LAYERS = (
     {"checkpoint", "sm89"},
     {"hf_model"},
     {"lm"},
-    {"plots", "evaluate", "bench", "vllm_plugin", "tiny", "tasks"},
+    {"plots", "evaluate", "calibrate", "bench", "vllm_plugin", "tiny", "tasks"},
     {"cli"},
 )
 LAYER = {name: i for i, layer in enumerate(LAYERS) for name in layer}
@@ -37,6 +37,7 @@ MAY_NEED = {
     "sm89": {"triton"},
     "plots": {"matplotlib", "numpy", "pandas"},
     "hf_model": {"transformers"},
+    "calibrate": {"transformers"},
     "lm": {"lm_eval", "transformers"},
     "evaluate": {"lm_eval", "matplotlib", "numpy", "pandas", "transformers"},
     "bench": {"transformers", "triton", "vllm"},

@@ -18,6 +18,7 @@ damaged or contradicts itself is a ``CheckpointError`` that names the file and t
 
 from adallm.checkpoint.convert import Conversion, convert
 from adallm.checkpoint.errors import CheckpointError
+from adallm.checkpoint.kv_scales import attention_layers, write_kv_scales
 from adallm.checkpoint.opened import quantization_of
 from adallm.checkpoint.quantization import Group, Quantization, Scheme
 from adallm.checkpoint.reader import load, load_dense
@@ -30,9 +31,11 @@ __all__ = [
     "Quantization",
     "Row",
     "Scheme",
+    "attention_layers",
     "convert",
     "inspect",
     "load",
     "load_dense",
     "quantization_of",
+    "write_kv_scales",
 ]

@@ -9,19 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-from tqdm import tqdm
-
 from adallm.checkpoint.directory import Directory
 from adallm.checkpoint.emit import quantization_configs
-from adallm.checkpoint.exact import pack_originals
-from adallm.checkpoint.header import open_tensors
 from adallm.checkpoint.names import Patterns, split
 from adallm.checkpoint.opened import open_checkpoint
 from adallm.checkpoint.quantization import MODELOPT
 from adallm.checkpoint.quantize import QuantizePlan
 from adallm.checkpoint.relayout import RelayoutPlan
-from adallm.checkpoint.writer import DirectoryWriter, check_absent
+from adallm.checkpoint.rewrite import rewrite
+from adallm.checkpoint.writer import check_absent
 from adallm.nvfp4 import LAYOUTS
 
 DEFAULT_IGNORE = ("lm_head",)
@@ -95,37 +91,11 @@ def convert(
     quantized = sum(scheme.format == "nvfp4" for scheme in plan.schemes.values())
     if not quantized:
         raise ValueError(f"{src} has no linear layer that would be NVFP4")
-    nbytes = _write(checkpoint.directory, plan, Path(dst), layout, progress)
+    nbytes = rewrite(
+        checkpoint.directory, plan, Path(dst), *_configs(checkpoint.directory, plan, layout), progress=progress
+    )
     source_bytes = sum(header.nbytes for header in checkpoint.directory.headers.values())
     return Conversion(Path(dst), layout, quantized, source_bytes, nbytes)
-
-
-def _write(directory: Directory, plan: QuantizePlan | RelayoutPlan, dst: Path, layout: str, progress: bool) -> int:
-    config, hf_quant_config = _configs(directory, plan, layout)
-    written = 0
-    with (
-        DirectoryWriter(dst, nbytes=plan.nbytes) as writer,
-        tqdm(total=plan.work, unit="B", unit_scale=True, desc=dst.name, disable=not progress) as bar,
-    ):
-        plan.prepare(bar.update)
-        for name, header in directory.headers.items():
-            # Bound anew for each file before anything is read: the tensors of one file at a time are in memory.
-            tensors: dict[str, Tensor] = {}
-            originals: dict[str, Tensor] = {}
-            with open_tensors(header) as file:
-                for stored, entry in header.tensors.items():
-                    for new, value, original in plan.convert(stored, file.get_tensor(stored)):
-                        tensors[new] = value
-                        if original is not None:
-                            originals[new] = original
-                    bar.update(entry.nbytes)
-            writer.add_shard(name, tensors, pack_originals(originals))
-            written += sum(tensor.nbytes for tensor in tensors.values())
-        if directory.indexed:
-            writer.add_index()
-        writer.copy_companions(directory.path)
-        writer.add_configs(config, hf_quant_config)
-    return written
 
 
 def _configs(

@@ -6,6 +6,7 @@ FP8_DYNAMIC presets of compressed-tensors 0.17; vLLM's ``modelopt.py`` and ``com
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -14,6 +15,16 @@ from typing import Any
 from adallm.checkpoint.parse import MIXED_PRECISION, MODELOPT_SCHEMES, NVFP4_FORMAT
 from adallm.checkpoint.quantization import COMPRESSED_TENSORS, MODELOPT, Scheme
 from adallm.formats import NVFP4_BLOCK
+
+# E4M3 with one scale for the keys of a layer and one for its values.
+_MODELOPT_FP8_KV = {"dynamic": False, "num_bits": 8, "type": "float"}
+_COMPRESSED_TENSORS_FP8_KV = {
+    "num_bits": 8,
+    "type": "float",
+    "strategy": "tensor",
+    "symmetric": True,
+    "dynamic": False,
+}
 
 
 def quantization_configs(
@@ -39,6 +50,34 @@ def quantization_configs(
     if layout == MODELOPT:
         return _modelopt(schemes, dense, kv_cache)
     return _compressed_tensors(schemes, dense, kv_cache), None
+
+
+def with_fp8_kv_cache(
+    layout: str, config: dict[str, Any], hf_quant_config: dict[str, Any] | None
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Copies of ``config.json`` and ``hf_quant_config.json`` that declare an FP8 KV cache; all else is as it was.
+
+    Args:
+        layout: ``"modelopt"`` or ``"compressed-tensors"``, in which they declare a quantization already.
+    """
+    config, hf_quant_config = copy.deepcopy(config), copy.deepcopy(hf_quant_config)
+    places = [hf_quant_config]
+    for holder in (config, config.get("text_config")):
+        places.append(holder.get("quantization_config") if isinstance(holder, dict) else None)
+    for place in places:
+        if not isinstance(place, dict):
+            continue
+        inner = place.get("quantization", place)
+        if layout == COMPRESSED_TENSORS:
+            place["kv_cache_scheme"] = dict(_COMPRESSED_TENSORS_FP8_KV)
+        elif inner is place:
+            place["kv_cache_scheme"] = dict(_MODELOPT_FP8_KV)
+            # Not ModelOpt's word here; where it stands, readers may look at it first.
+            if "kv_cache_quant_algo" in place:
+                place["kv_cache_quant_algo"] = "FP8"
+        else:
+            inner["kv_cache_quant_algo"] = "FP8"
+    return config, hf_quant_config
 
 
 def _modelopt(
@@ -72,7 +111,7 @@ def _modelopt(
     producer = {"name": "adallm", "version": _version()}
     flat |= {"quant_algo": quantization["quant_algo"], "ignore": sorted(dense), "producer": producer}
     if kv_cache is not None:
-        flat["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"}
+        flat["kv_cache_scheme"] = dict(_MODELOPT_FP8_KV)
     return flat, {"producer": producer, "quantization": quantization}
 
 
@@ -91,15 +130,15 @@ def _compressed_tensors(schemes: Mapping[str, Scheme], dense: list[str], kv_cach
             "format": _format(scheme),
         }
     formats = {_format(scheme) for scheme in groups}
-    number = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
     return {
         "quant_method": COMPRESSED_TENSORS,
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": config_groups,
         "ignore": sorted(dense),
-        "kv_cache_scheme": None if kv_cache is None else number,
-        "producer": f"adallm {_version()}",
+        "kv_cache_scheme": None if kv_cache is None else dict(_COMPRESSED_TENSORS_FP8_KV),
+        # An object, as ModelOpt has it: vLLM asks any producer for its name.
+        "producer": {"name": "adallm", "version": _version()},
     }
 
 

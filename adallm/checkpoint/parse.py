@@ -87,7 +87,7 @@ def _modelopt(config: dict[str, Any], file: Path, layers: Any) -> Quantization |
             groups=schemes,
             ignored=tuple(ignored),
             kv_cache=_kv_cache(kv_cache, file),
-            producer=producer.get("name") if isinstance(producer, dict) else None,
+            producer=_producer(producer),
             files=(file.name,),
         ),
         file,
@@ -139,7 +139,7 @@ def _compressed_tensors(config: dict[str, Any], file: Path) -> Quantization:
             groups=tuple(group for group in parsed if group is not None),
             ignored=tuple(ignored),
             kv_cache=_kv_cache(config.get("kv_cache_scheme"), file),
-            producer=config.get("producer") if isinstance(config.get("producer"), str) else None,
+            producer=_producer(config.get("producer")),
             files=(file.name,),
         ),
         file,
@@ -176,6 +176,11 @@ def _group(name: str, group: Any, default_format: Any, file: Path) -> Group | No
     if stored not in formats:
         fail(file, f"config group {name} has the format {stored!r}; its weights need {' or '.join(formats)}")
     return Group(scheme, tuple(targets))
+
+
+def _producer(value: Any) -> str | None:
+    name = value.get("name") if isinstance(value, dict) else value
+    return name if isinstance(name, str) else None
 
 
 def _kv_cache(value: Any, file: Path) -> str | None:
