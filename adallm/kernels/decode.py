@@ -49,17 +49,34 @@ def _pairs(x, FAST: tl.constexpr):
 
 
 @triton.jit
+def _halves(x, dtype: tl.constexpr):
+    """int32 that hold two 16-bit numbers each -> the first and the second, FP32."""
+    if dtype == tl.bfloat16:
+        return (x << 16).to(tl.float32, bitcast=True), (x & -65536).to(tl.float32, bitcast=True)
+    else:  # noqa: RET505, both are compiled without it
+        even, odd = (x & 0xFFFF).to(tl.uint16), ((x >> 16) & 0xFFFF).to(tl.uint16)
+        return even.to(tl.float16, bitcast=True).to(tl.float32), odd.to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
 def _exponent(x):
     return (tl.max(tl.abs(x), axis=1).to(tl.int32, bitcast=True) >> 23) & 0xFF
+
+
+@triton.jit
+def _merged(m, total, m_2, total_2):
+    """Maximum and sum of two parts of a softmax, and what each part's own terms are to be multiplied by."""
+    m_3 = tl.maximum(m, m_2)
+    at = tl.where(m_3 == float("-inf"), 0.0, m_3)
+    shrink, grow = tl.exp2(m - at), tl.exp2(m_2 - at)
+    return m_3, total * shrink + total_2 * grow, shrink, grow
 
 
 @triton.jit
 def _norm(m, total, top, sink, v_scale, SCALES: tl.constexpr):
     """What sums of weighed values are to be multiplied by."""
     if sink is not None:
-        m_2 = tl.maximum(m, sink)
-        at = tl.where(m_2 == float("-inf"), 0.0, m_2)
-        m, total = m_2, total * tl.exp2(m - at) + tl.exp2(sink - at)
+        m, total, _, _ = _merged(m, total, sink, 1.0)
     # Nothing seen: an empty sequence.
     some = total > 0
     norm = tl.where(some, tl.exp2(top - tl.where(some, m, 0.0)) / tl.where(some, total, 1.0), 0.0)
@@ -106,34 +123,24 @@ def _join(
     row, column = tl.arange(0, ROWS), tl.arange(0, DP)
     of_row = of_rows * M + row
     in_row, token, of_head = of_row < T * G, of_row // G, h * G + of_row % G
-    own = tl.num_programs(0)
     m = tl.full([ROWS], float("-inf"), tl.float32)
-    top, total = m, tl.zeros([ROWS], tl.float32)
-    for first in range(lowest, last + 1, 32):
-        group = first + tl.arange(0, 32)
-        at = (partial + (group * tiles + tl.where(group == last, own, 0)) * size + M * DP)[:, None] + row[None, :]
-        there = (group <= last)[:, None] & in_row[None, :]
-        ms = tl.load(at, mask=there, other=float("-inf"), cache_modifier=".cg")
-        totals = tl.load(at + M, mask=there, other=0.0, cache_modifier=".cg")
-        m_2 = tl.maximum(m, tl.max(ms, axis=0))
-        base = tl.where(m_2 == float("-inf"), 0.0, m_2)
-        total = total * tl.exp2(m - base) + tl.sum(totals * tl.exp2(ms - base[None, :]), axis=0)
-        m = m_2
-        if SCALES == "token":
-            tops = tl.load(at + 2 * M, mask=there, other=float("-inf"), cache_modifier=".cg")
-            top = tl.maximum(top, tl.max(tops, axis=0))
-    top = top if SCALES == "token" else m
-    base = tl.where(top == float("-inf"), 0.0, top)
-    acc = tl.zeros([ROWS, DP], tl.float32)
+    top, total, acc = m, tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, DP], tl.float32)
     for first in range(lowest, last + 1, PARTS):
         for i in tl.static_range(PARTS):
             group = first + i
-            at = partial + (group * tiles + tl.where(group == last, own, 0)) * size
+            at = partial + (group * tiles + tl.where(group == last, tl.num_programs(0), 0)) * size
             there = (group <= last) & in_row
-            of_part = at + (M * (DP + 2) if SCALES == "token" else M * DP) + row
-            weights = tl.exp2(tl.load(of_part, mask=there, other=float("-inf"), cache_modifier=".cg") - base)
+            m_2 = tl.load(at + M * DP + row, mask=there, other=float("-inf"), cache_modifier=".cg")
+            total_2 = tl.load(at + M * (DP + 1) + row, mask=there, other=0.0, cache_modifier=".cg")
             part = at + row[:, None] * DP + column[None, :]
-            acc += tl.load(part, mask=there[:, None], other=0.0, cache_modifier=".cg") * weights[:, None]
+            part = tl.load(part, mask=there[:, None], other=0.0, cache_modifier=".cg")
+            m, total, shrink, grow = _merged(m, total, m_2, total_2)
+            if SCALES == "token":
+                top_2 = tl.load(at + M * (DP + 2) + row, mask=there, other=float("-inf"), cache_modifier=".cg")
+                top, _, shrink, grow = _merged(top, total, top_2, total_2)
+            else:
+                top = m
+            acc = acc * shrink[:, None] + part * grow[:, None]
     sink = None
     if sinks is not None:
         sink = tl.load(sinks + of_head, mask=in_row, other=0.0) * 1.4426950408889634
@@ -144,7 +151,7 @@ def _join(
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=in_row[:, None] & (column < D)[None, :])
 
 
-@triton.jit(do_not_specialize=["batch", "scale", "soft_cap", "window"])
+@triton.jit(do_not_specialize=["batch", "parts", "scale", "soft_cap", "window"])
 def paged_decode_kernel(
     q,
     k_cache,
@@ -159,6 +166,7 @@ def paged_decode_kernel(
     partial,
     arrivals,
     batch,
+    parts,
     heads,
     q_b,
     q_t,
@@ -208,8 +216,8 @@ def paged_decode_kernel(
     all_steps = tl.sum(steps)
     # Where there is little to read, more parts take longer to join than they save. And no group has less than a step:
     # those that wait count on each before them.
-    worth = tl.sqrt(4.0 * batch * all_steps).to(tl.int32)
-    groups = tl.minimum(tl.minimum(tl.num_programs(0) // tiles, all_steps), tl.maximum(worth, 1))
+    worth = tl.maximum(parts * batch, all_steps // 16)
+    groups = tl.minimum(tl.minimum(tl.num_programs(0) // tiles, all_steps), worth)
     share = all_steps // groups
     more = all_steps - share * groups
     start = group * share + group * more // groups
@@ -220,7 +228,9 @@ def paged_decode_kernel(
     d = tl.arange(0, H)
     in_d = d < (D // 2 if EIGHT else D)
     size: tl.constexpr = M * (DP + 3)
+    Q: tl.constexpr = q.dtype.element_ty
     if EIGHT:
+        q = q.to(tl.pointer_type(tl.int32))
         k_cache, v_cache = k_cache.to(tl.pointer_type(tl.int16)), v_cache.to(tl.pointer_type(tl.int16))
     while stop > start:
         b = tl.sum((ends <= stop - 1).to(tl.int32))
@@ -236,8 +246,7 @@ def paged_decode_kernel(
         of_rows = q + b.to(tl.int64) * q_b + token[:, None] * q_t + (h * G + of_head)[:, None] * q_h
         inside = in_row[:, None] & in_d[None, :]
         if EIGHT:
-            rows = tl.load(of_rows + 2 * d[None, :], mask=inside, other=0.0).to(tl.float32)
-            rows_2 = tl.load(of_rows + 2 * d[None, :] + 1, mask=inside, other=0.0).to(tl.float32)
+            rows, rows_2 = _halves(tl.load(of_rows + d[None, :], mask=inside, other=0), Q)
             exponent = tl.maximum(_exponent(rows), _exponent(rows_2))
             down = ((254 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]
             rows, rows_2 = rows * down, rows_2 * down
@@ -258,7 +267,8 @@ def paged_decode_kernel(
             slope = tl.load(slopes + h * G + of_head) * LOG2E
         m = tl.full([M], float("-inf"), tl.float32)
         top = tl.full([M], float("-inf"), tl.float32)
-        total = tl.zeros([M], tl.float32)
+        # Summed up at the end: a sum of each step would have the warps wait for each other once more.
+        sums = tl.zeros([M, N], tl.float32)
         acc = tl.zeros([M, H], tl.float32)
         acc_2 = tl.zeros([M, H], tl.float32)
         for step in range(begin, end):
@@ -297,7 +307,7 @@ def paged_decode_kernel(
                 seen = seen & (distance > -window)
             logits = tl.where(seen, logits, float("-inf"))
             m, shrink, weights = _weighed(logits, m)
-            total = total * shrink + tl.sum(weights, axis=1)
+            sums = sums * shrink[:, None] + weights
             if SCALES == "token":
                 top, shrink, weights = _weighed(logits + weight[None, :], top)
             else:
@@ -307,6 +317,7 @@ def paged_decode_kernel(
             if EIGHT:
                 acc_2 = tl.dot(weights, values_2, acc_2 * shrink[:, None], input_precision="ieee")
 
+        total = tl.sum(sums, axis=1)
         if (begin == 0) & (end == count):
             sink = None
             if sinks is not None:
@@ -407,8 +418,9 @@ def launch(
         partial,
         arrivals,
         shape.batch,
+        config.parts,
         shape.kv_heads,
-        *q.stride()[:3],
+        *(stride // pair for stride in q.stride()[:3]),
         *(stride // pair for stride in k_cache.stride()[:3]),
         *(stride // pair for stride in v_cache.stride()[:3]),
         block_table.stride(0),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
 
 import triton
 
@@ -10,7 +10,7 @@ from adallm.kernels.choice import GPU
 from adallm.paged import Shape
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Config:
     """A launch.
 
@@ -20,12 +20,14 @@ class Config:
         stages: of Triton's pipeline. Block numbers are fetched a stage ahead of keys and values, so that 2 s + 1 stages
             have s steps on their way.
         programs: blocks for each multiprocessor, which share all steps.
+        parts: of a sequence, that are made before each has 16 steps.
     """
 
     n: int
     warps: int
     stages: int
     programs: int
+    parts: int = 16
 
 
 # By rows of a tile: heads of up to 128 columns, and of up to 256, both in E4M3; 16 bits take half the tokens. Those of
@@ -46,7 +48,7 @@ def choose(shape: Shape, itemsize: int, family: str) -> Config:
     """
     table = TABLES[family if family in TABLES else "sm_89"]
     config = table[rows(shape)][shape.head_size > 128]
-    return Config(config.n // itemsize, config.warps, config.stages, config.programs)
+    return dataclasses.replace(config, n=config.n // itemsize)
 
 
 def programs(shape: Shape, itemsize: int, gpu: GPU) -> int:
