@@ -46,7 +46,7 @@ class Workspace:
 
     @classmethod
     def of(cls, q: Tensor, k_cache: Tensor) -> Workspace:
-        """Large enough for steps of these sizes, and with fewer sequences or queries.
+        """Large enough for steps of these sizes, of any number of sequences, and with fewer query tokens.
 
         Args:
             q: ``[B, Hq, D]`` or ``[B, T, Hq, D]``, on a CUDA GPU.
@@ -55,10 +55,10 @@ class Workspace:
         from adallm.kernels import choice, decode_choice
 
         shape = Shape.of(q, k_cache)
-        programs = decode_choice.programs(shape, k_cache.itemsize, choice.gpu(q.device.index))
+        programs = decode_choice.most_programs(shape, k_cache.itemsize, choice.gpu(q.device.index))
         return cls(
             torch.empty(decode_choice.workspace_floats(shape, programs), dtype=torch.float32, device=q.device),
-            torch.zeros(decode_choice.tiles(shape), dtype=torch.int32, device=q.device),
+            torch.zeros(3 * programs, dtype=torch.int32, device=q.device),
         )
 
 
@@ -140,7 +140,7 @@ def paged_decode(
 
     workspace, gpu = workspace or Workspace.of(q, k_cache), choice.gpu(q.device.index)
     programs = decode_choice.programs(shape, k_cache.itemsize, gpu)
-    needed = (decode_choice.workspace_floats(shape, programs), decode_choice.tiles(shape))
+    needed = (decode_choice.workspace_floats(shape, programs), 3 * programs)
     had = (workspace.partial.numel(), workspace.arrivals.numel())
     if had[0] < needed[0] or had[1] < needed[1] or workspace.partial.device != q.device:
         raise ValueError(f"the workspace has room for {had} numbers on {workspace.partial.device}; it needs {needed}")

@@ -248,13 +248,9 @@ def test_on_a_gpu_the_kernels_run_in_a_graph_while_lengths_change():
         expected = paged_decode_reference(q, k_cache, v_cache, table, lengths, scale=0.125)
         assert float((out.float() - expected).norm() / expected.norm()) <= 4e-3
         assert not workspace.arrivals.any()
+    many = q.repeat(1, 8, 4, 1)
     with pytest.raises(ValueError, match="the workspace has room for"):
-        paged_decode(
-            q.repeat(2, 1, 1, 1),
-            k_cache,
-            v_cache,
-            table.repeat(2, 1),
-            lengths.repeat(2),
-            scale=1.0,
-            workspace=workspace,
-        )
+        paged_decode(many, k_cache, v_cache, table, lengths, scale=1.0, workspace=workspace)
+    more = q.repeat(3, 1, 1, 1), k_cache, v_cache, table.repeat(3, 1), lengths.repeat(3)
+    given = paged_decode(*more, scale=0.125, workspace=workspace)
+    assert torch.equal(given, paged_decode(*more, scale=0.125))

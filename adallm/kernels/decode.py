@@ -7,7 +7,7 @@ and many short ones are several to each. Each program sums up the lengths itself
 when they change.
 
 A program goes through its steps backwards. Of a tile that it shares with other groups it leaves maxima and sums in the
-workspace; the one that ends a tile waits for those before it, which were launched before it, and adds all in order.
+workspace. One that joins parts waits for those before it alone, which were launched before it; the order is fixed.
 
 Numerics: with an E4M3 cache, which is exact in FP16, a query row is brought to FP16 by a power of two, exactly but for
 values below 2^-14 of the row's largest; 16-bit caches are multiplied as they are. Logits and sums are FP32, the softmax
@@ -24,6 +24,8 @@ from torch import Tensor
 from adallm.kernels.decode_choice import Config, rows
 from adallm.paged import Scale, Shape, kind_of
 
+# Parts that are loaded at a time: at most, and for each warp at most numbers.
+_PARTS, _NUMBERS = 8, 2048
 # Two pairs of E4M3 -> the first of both in FP16, and the second of both.
 _ASM_PAIRS = tl.constexpr(
     "{ .reg .b32 p; .reg .b16 a, b; prmt.b32 p, $2, 0, 0x3120; mov.b32 {a, b}, p;\n"
@@ -96,16 +98,64 @@ def _weighed(logits, m):
 
 
 @triton.jit
+def _added(
+    m,
+    total,
+    top,
+    acc,
+    partial,
+    count,
+    step,
+    own,
+    in_row,
+    M: tl.constexpr,
+    DP: tl.constexpr,
+    SCALES: tl.constexpr,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """``count`` parts, ``step`` apart, added in order, the last one ``own`` further away; ``PARTS`` loads at a time."""
+    row, column = tl.arange(0, ROWS), tl.arange(0, DP)
+    for first in range(0, count, PARTS):
+        for i in tl.static_range(PARTS):
+            part = first + i
+            at = partial + part * step + tl.where(part == count - 1, own, 0)
+            there = (part < count) & in_row
+            m_2 = tl.load(at + M * DP + row, mask=there, other=float("-inf"), cache_modifier=".cg")
+            total_2 = tl.load(at + M * (DP + 1) + row, mask=there, other=0.0, cache_modifier=".cg")
+            values = at + row[:, None] * DP + column[None, :]
+            values = tl.load(values, mask=there[:, None], other=0.0, cache_modifier=".cg")
+            m, total, shrink, grow = _merged(m, total, m_2, total_2)
+            if SCALES == "token":
+                top_2 = tl.load(at + M * (DP + 2) + row, mask=there, other=float("-inf"), cache_modifier=".cg")
+                top, _, shrink, grow = _merged(top, total, top_2, total_2)
+            else:
+                top = m
+            acc = acc * shrink[:, None] + values * grow[:, None]
+    return m, total, top, acc
+
+
+@triton.jit
+def _wait(counter, count):
+    """Until ``count`` programs have counted on ``counter``, which is 0 then."""
+    while tl.atomic_add(counter, 0, sem="acquire") < count:
+        pass
+    tl.store(counter, 0)
+
+
+@triton.jit
 def _join(
     partial,
+    arrivals,
     lowest,
+    group,
     last,
     tiles,
+    of_tile,
+    heads,
     sinks,
     v_scale,
     out,
-    h,
-    of_rows,
     out_t,
     out_h,
     T: tl.constexpr,
@@ -118,37 +168,58 @@ def _join(
     ROWS: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Add a tile's parts of groups ``lowest`` to ``last`` in order, ``PARTS`` loads at a time, and write the result."""
+    """Join the parts of a tile, which groups ``lowest`` to ``last`` have left, and write the result: the last group of
+    every ``TEAM`` joins their parts, and the last of all what those have joined.
+    """
+    TEAM: tl.constexpr = PARTS if PARTS > 8 else 8
     size: tl.constexpr = M * (DP + 3)
-    row, column = tl.arange(0, ROWS), tl.arange(0, DP)
-    of_row = of_rows * M + row
-    in_row, token, of_head = of_row < T * G, of_row // G, h * G + of_row % G
-    m = tl.full([ROWS], float("-inf"), tl.float32)
-    top, total, acc = m, tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, DP], tl.float32)
-    for first in range(lowest, last + 1, PARTS):
-        for i in tl.static_range(PARTS):
-            group = first + i
-            at = partial + (group * tiles + tl.where(group == last, tl.num_programs(0), 0)) * size
-            there = (group <= last) & in_row
-            m_2 = tl.load(at + M * DP + row, mask=there, other=float("-inf"), cache_modifier=".cg")
-            total_2 = tl.load(at + M * (DP + 1) + row, mask=there, other=0.0, cache_modifier=".cg")
-            part = at + row[:, None] * DP + column[None, :]
-            part = tl.load(part, mask=there[:, None], other=0.0, cache_modifier=".cg")
-            m, total, shrink, grow = _merged(m, total, m_2, total_2)
+    programs = tl.num_programs(0)
+    team = (group - lowest) // TEAM
+    first = lowest + team * TEAM
+    leader = tl.minimum(first + TEAM - 1, last)
+    # Of a program that leads in two tiles the counters and parts of the one that it ends are others.
+    counter = arrivals + leader * tiles + of_tile + tl.where(leader == last, programs, 0)
+    if group < leader:
+        tl.atomic_add(counter, 1, sem="release")
+    else:
+        _wait(counter, group - first)
+        row, column = tl.arange(0, ROWS), tl.arange(0, DP)
+        of_row = of_tile // heads * M + row
+        in_row = of_row < T * G
+        m = tl.full([ROWS], float("-inf"), tl.float32)
+        total, acc = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, DP], tl.float32)
+        parts = partial + (first * tiles + of_tile) * size
+        own = tl.where(group == last, programs * size, 0)
+        m, total, top, acc = _added(
+            m, total, m, acc, parts, group - first + 1, tiles * size, own, in_row, M, DP, SCALES, ROWS, PARTS
+        )
+        joined = partial + 2 * programs * size
+        counter = arrivals + 2 * programs + last * tiles + of_tile
+        if group < last:
+            mine = joined + (group * tiles + of_tile) * size
+            tl.store(mine + row[:, None] * DP + column[None, :], acc, mask=in_row[:, None])
+            tl.store(mine + M * DP + row, m, mask=in_row)
+            tl.store(mine + M * (DP + 1) + row, total, mask=in_row)
             if SCALES == "token":
-                top_2 = tl.load(at + M * (DP + 2) + row, mask=there, other=float("-inf"), cache_modifier=".cg")
-                top, _, shrink, grow = _merged(top, total, top_2, total_2)
-            else:
-                top = m
-            acc = acc * shrink[:, None] + part * grow[:, None]
-    sink = None
-    if sinks is not None:
-        sink = tl.load(sinks + of_head, mask=in_row, other=0.0) * 1.4426950408889634
-    acc *= _norm(m, total, top, sink, v_scale, SCALES)[:, None]
-    if EIGHT:
-        column = column % (DP // 2) * 2 + column // (DP // 2)
-    at = token[:, None] * out_t + of_head[:, None] * out_h + column[None, :]
-    tl.store(out + at, acc.to(out.dtype.element_ty), mask=in_row[:, None] & (column < D)[None, :])
+                tl.store(mine + M * (DP + 2) + row, top, mask=in_row)
+            tl.debug_barrier()
+            tl.atomic_add(counter, 1, sem="release")
+        else:
+            if team > 0:
+                _wait(counter, team)
+                parts = joined + ((lowest + TEAM - 1) * tiles + of_tile) * size
+                m, total, top, acc = _added(
+                    m, total, top, acc, parts, team, TEAM * tiles * size, 0, in_row, M, DP, SCALES, ROWS, PARTS
+                )
+            token, of_head = of_row // G, of_tile % heads * G + of_row % G
+            sink = None
+            if sinks is not None:
+                sink = tl.load(sinks + of_head, mask=in_row, other=0.0) * 1.4426950408889634
+            acc *= _norm(m, total, top, sink, v_scale, SCALES)[:, None]
+            if EIGHT:
+                column = column % (DP // 2) * 2 + column // (DP // 2)
+            at = token[:, None] * out_t + of_head[:, None] * out_h + column[None, :]
+            tl.store(out + at, acc.to(out.dtype.element_ty), mask=in_row[:, None] & (column < D)[None, :])
 
 
 @triton.jit(do_not_specialize=["batch", "parts", "scale", "soft_cap", "window"])
@@ -216,7 +287,7 @@ def paged_decode_kernel(
     all_steps = tl.sum(steps)
     # Where there is little to read, more parts take longer to join than they save. And no group has less than a step:
     # those that wait count on each before them.
-    worth = tl.maximum(parts * batch, all_steps // 16)
+    worth = tl.maximum(parts * batch, all_steps // 4)
     groups = tl.minimum(tl.minimum(tl.num_programs(0) // tiles, all_steps), worth)
     share = all_steps // groups
     more = all_steps - share * groups
@@ -330,7 +401,6 @@ def paged_decode_kernel(
             at = b.to(tl.int64) * out_b + token[:, None] * out_t + (h * G + of_head)[:, None] * out_h + column[None, :]
             tl.store(out + at, result.to(out.dtype.element_ty), mask=in_row[:, None] & (column < D)[None, :])
         else:
-            # A program may end one tile and have a part of another.
             mine = partial + (pid + tl.where(end == count, tl.num_programs(0), 0)) * size
             tl.store(mine + row[:, None] * DP + d[None, :], acc, mask=in_row[:, None])
             if EIGHT:
@@ -340,36 +410,30 @@ def paged_decode_kernel(
             if SCALES == "token":
                 tl.store(mine + M * (DP + 2) + row, top, mask=in_row)
             tl.debug_barrier()
-            counter = arrivals + b * tiles + of_tile
-            if end < count:
-                tl.atomic_add(counter, 1, sem="release")
-            else:
-                lowest = (((before + 1).to(tl.int64) * groups - 1) // all_steps).to(tl.int32)
-                while tl.atomic_add(counter, 0, sem="acquire") < group - lowest:
-                    pass
-                _join(
-                    partial + of_tile * size,
-                    lowest,
-                    group,
-                    tiles,
-                    sinks,
-                    v_scale,
-                    out + b.to(tl.int64) * out_b,
-                    h,
-                    of_tile // heads,
-                    out_t,
-                    out_h,
-                    T,
-                    G,
-                    M,
-                    D,
-                    DP,
-                    EIGHT,
-                    SCALES,
-                    ROWS,
-                    PARTS,
-                )
-                tl.store(counter, 0)
+            _join(
+                partial,
+                arrivals,
+                (((before + 1).to(tl.int64) * groups - 1) // all_steps).to(tl.int32),
+                group,
+                (((before + count).to(tl.int64) * groups - 1) // all_steps).to(tl.int32),
+                tiles,
+                of_tile,
+                heads,
+                sinks,
+                v_scale,
+                out + b.to(tl.int64) * out_b,
+                out_t,
+                out_h,
+                T,
+                G,
+                M,
+                D,
+                DP,
+                EIGHT,
+                SCALES,
+                ROWS,
+                PARTS,
+            )
         stop = tl.maximum(start, before)
 
 
@@ -399,7 +463,7 @@ def launch(
     Args:
         q, out: ``[B, T, Hq, D]``, stride 1 along D.
         config, programs, partial, arrivals: of ``decode_choice``: ``choose``, ``programs``, ``workspace_floats``
-            numbers, and ``tiles`` int32 zeros, which are zeros again after.
+            numbers, and three int32 zeros for each of ``programs``, which are zeros again after.
     """
     m, columns = rows(shape), triton.next_power_of_2(shape.head_size)
     joined = min(triton.next_power_of_2(shape.queries * (shape.q_heads // shape.kv_heads)), m)
@@ -436,8 +500,7 @@ def launch(
         BLOCK=shape.block_size,
         N=config.n,
         ROWS=joined,
-        # 64 numbers for each thread.
-        PARTS=min(max(2048 * config.warps // (joined * columns), 1), 16),
+        PARTS=min(max(_NUMBERS * config.warps // (joined * columns), 1), _PARTS),
         BATCH=triton.next_power_of_2(shape.batch),
         EIGHT=k_cache.itemsize == 1,
         SCALES=kind_of(k_scale),

@@ -20,22 +20,28 @@ class Config:
         stages: of Triton's pipeline. Block numbers are fetched a stage ahead of keys and values, so that 2 s + 1 stages
             have s steps on their way.
         programs: blocks for each multiprocessor, which share all steps.
-        parts: of a sequence, that are made before each has 16 steps.
+        parts: of a sequence on the average, that are made before each has 4 steps.
     """
 
     n: int
     warps: int
     stages: int
     programs: int
-    parts: int = 16
+    parts: int
 
 
 # By rows of a tile: heads of up to 128 columns, and of up to 256, both in E4M3; 16 bits take half the tokens. Those of
 # 16 rows for "sm_90" are the fastest of several on an H100. The others were not timed; those for "sm_89", which serves
 # "sm_80" too, compile without spills into 99 KB of shared memory.
 TABLES = {
-    "sm_90": {16: (Config(128, 4, 5, 2), Config(64, 8, 5, 1)), 32: (Config(32, 4, 5, 2), Config(32, 8, 5, 1))},
-    "sm_89": {16: (Config(64, 4, 5, 2), Config(64, 8, 5, 1)), 32: (Config(32, 4, 5, 2), Config(32, 8, 5, 1))},
+    "sm_90": {
+        16: (Config(128, 4, 5, 2, 16), Config(64, 8, 5, 1, 128)),
+        32: (Config(32, 4, 5, 2, 16), Config(32, 8, 5, 1, 128)),
+    },
+    "sm_89": {
+        16: (Config(64, 4, 5, 2, 16), Config(64, 8, 5, 1, 128)),
+        32: (Config(32, 4, 5, 2, 16), Config(32, 8, 5, 1, 128)),
+    },
 }
 
 
@@ -53,8 +59,13 @@ def choose(shape: Shape, itemsize: int, family: str) -> Config:
 
 def programs(shape: Shape, itemsize: int, gpu: GPU) -> int:
     """Blocks of a launch: groups of one for each tile of a sequence."""
-    config, of_group = choose(shape, itemsize, gpu.family), _tiles(shape)
-    return max(config.programs * gpu.sms // of_group, 1) * of_group
+    of_group = tiles(shape)
+    return max(most_programs(shape, itemsize, gpu) // of_group, 1) * of_group
+
+
+def most_programs(shape: Shape, itemsize: int, gpu: GPU) -> int:
+    """Of a launch with as many query tokens or fewer."""
+    return max(choose(shape, itemsize, gpu.family).programs * gpu.sms, tiles(shape))
 
 
 def rows(shape: Shape) -> int:
@@ -63,20 +74,16 @@ def rows(shape: Shape) -> int:
 
 
 def tiles(shape: Shape) -> int:
-    """Tiles of all sequences, each with a counter."""
-    return shape.batch * _tiles(shape)
+    """Tiles of a sequence."""
+    return shape.kv_heads * triton.cdiv(_rows(shape), rows(shape))
 
 
 def workspace_floats(shape: Shape, programs: int) -> int:
-    """FP32 numbers in which ``programs`` blocks leave parts of tiles: each of one that it ends, and of one that it does
-    not.
+    """FP32 numbers that ``programs`` blocks leave: each a part of a tile that it ends, one of a tile that it does not,
+    and parts of others, joined.
     """
-    return 2 * programs * rows(shape) * (triton.next_power_of_2(shape.head_size) + 3)
+    return 3 * programs * rows(shape) * (triton.next_power_of_2(shape.head_size) + 3)
 
 
 def _rows(shape: Shape) -> int:
     return shape.queries * (shape.q_heads // shape.kv_heads)
-
-
-def _tiles(shape: Shape) -> int:
-    return shape.kv_heads * triton.cdiv(_rows(shape), rows(shape))
