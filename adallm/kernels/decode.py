@@ -509,4 +509,6 @@ def launch(
         FAST=q.device.type != "cpu",
         num_warps=config.warps,
         num_stages=config.stages,
+        # Left alone the compiler may aim at more blocks than fit the shared memory, and spill for it.
+        maxnreg=255 if m == 32 else None,
     )
