@@ -105,6 +105,7 @@ def paged_decode(
     soft_cap: float = 0.0,
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    fp8_queries: bool = False,
     out: Tensor | None = None,
     workspace: Workspace | None = None,
 ) -> Tensor:
@@ -120,6 +121,7 @@ def paged_decode(
             not fit; an E4M3 cache before sm_89.
     """
     options = {"window": window, "soft_cap": soft_cap, "sinks": sinks, "alibi_slopes": alibi_slopes}
+    options |= {"fp8_queries": fp8_queries}
     shape = check_decode(q, k_cache, v_cache, block_table, seq_lens, k_scale, v_scale, **options)
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -184,7 +186,7 @@ def write_kv_reference(
     """``k_cache[slot] = k / k_scale`` and the same for v, in the dtype of the cache; a slot of -1 is skipped.
 
     E4M3 is to nearest, ties to even, saturating. Scales for each token and head are written, not read: ``amax / 448``
-    of the token's head, 1 where that is 0.
+    of the token's head, 1 where that is 0. A NaN stays NaN and is passed over by amax.
 
     Args:
         k, v: ``[N, Hkv, D]``, bfloat16 or float16.
@@ -203,7 +205,7 @@ def write_kv_reference(
             cache[blocks, positions] = x
             continue
         if isinstance(scale, Tensor) and scale.dim():
-            of_token = fp8.scale_of(x.float().abs().amax(-1))
+            of_token = fp8.scale_of(x.float().abs().nan_to_num(0.0, posinf=math.inf).amax(-1))
             scale[blocks, positions] = of_token
             data = fp8.to_e4m3(x.float() / of_token[..., None])
         else:
@@ -227,6 +229,7 @@ def paged_decode_reference(
     soft_cap: float = 0.0,
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    fp8_queries: bool = False,
 ) -> Tensor:
     """Attention of the last tokens of each sequence over all of its tokens, as at the head of this module.
 
@@ -240,6 +243,7 @@ def paged_decode_reference(
         window: keys that a token sees, itself included; None for all.
         soft_cap: 0 for none.
         sinks, alibi_slopes: float32 ``[Hq]``.
+        fp8_queries: round q to E4M3, with a scale of ``amax / 448`` for each token and head. With an E4M3 cache alone.
 
     Returns:
         FP32, with the shape of q.
@@ -248,9 +252,22 @@ def paged_decode_reference(
         ValueError: a shape, dtype or device that does not fit, or a length that is no length.
     """
     shape = check_decode(
-        q, k_cache, v_cache, block_table, seq_lens, k_scale, v_scale, window, soft_cap, sinks, alibi_slopes
+        q,
+        k_cache,
+        v_cache,
+        block_table,
+        seq_lens,
+        k_scale,
+        v_scale,
+        window=window,
+        soft_cap=soft_cap,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
+        fp8_queries=fp8_queries,
     )
     tokens = shape.whole(q).float()
+    if fp8_queries:
+        tokens = fp8.qdq(tokens)
     out = torch.zeros_like(tokens)
     for b, length in enumerate(seq_lens.tolist()):
         if not 0 <= length <= block_table.shape[1] * shape.block_size or 0 < length < shape.queries:

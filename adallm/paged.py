@@ -56,6 +56,7 @@ def check_decode(
     soft_cap: float,
     sinks: Tensor | None,
     alibi_slopes: Tensor | None,
+    fp8_queries: bool = False,
 ) -> Shape:
     """The sizes of a decode step whose arguments fit each other; lengths and block numbers are not looked at.
 
@@ -77,6 +78,8 @@ def check_decode(
         raise ValueError(f"q has {queries} tokens of each sequence; supported: 1 to {MAX_QUERIES}")
     if k_cache.dtype != torch.float8_e4m3fn and k_cache.dtype != q.dtype:
         raise ValueError(f"q is {q.dtype} and the cache {k_cache.dtype}; it must be the same, or float8_e4m3fn")
+    if fp8_queries and k_cache.dtype != torch.float8_e4m3fn:
+        raise ValueError(f"fp8_queries with a cache of {k_cache.dtype}; they need float8_e4m3fn")
     for name, tensor, dims in (("block_table", block_table, 2), ("seq_lens", seq_lens, 1)):
         if tensor.dim() != dims or tensor.shape[0] != batch or tensor.dtype != torch.int32:
             raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}; it must be int32 with {batch} rows")

@@ -210,6 +210,20 @@ def test_only_eight_bits_have_scales():
         write_kv_reference(k, k, k_cache, v_cache, torch.tensor([0]), v_scale=2.0)
 
 
+def test_queries_in_fp8_are_rounded_for_each_token_and_head():
+    q, *given = step([37, 0, 5], queries=2)[:5]
+    found = paged_decode_reference(q, *given, scale=0.125, fp8_queries=True)
+    exact = fp8.to_e4m3(q.float() * 99).bfloat16()
+    exact[..., 0] = 448
+    given_exact = paged_decode_reference(exact, *given, scale=1e-3)
+    assert torch.equal(paged_decode_reference(exact, *given, scale=1e-3, fp8_queries=True), given_exact)
+    plain = paged_decode_reference(q, *given, scale=0.125)
+    assert 1e-3 < float((found - plain).norm() / plain.norm()) < 6e-2
+    cache = given[0].bfloat16(), given[1].bfloat16()
+    with pytest.raises(ValueError, match=r"fp8_queries with a cache of torch\.bfloat16; they need float8_e4m3fn"):
+        paged_decode(q, *cache, *given[2:], scale=1.0, fp8_queries=True)
+
+
 def test_on_a_cpu_the_reference_runs_in_the_dtype_of_the_queries():
     q, k_cache, v_cache, table, lengths, _ = step([37, 0, 5], queries=2)
     expected = paged_decode_reference(q, k_cache, v_cache, table, lengths, scale=0.125, window=9)

@@ -72,6 +72,18 @@ def test_query_heads_of_a_kv_head(q_heads, kv_heads, queries):
     assert error(run(*given, groups=3), expected) <= 4e-3
 
 
+@pytest.mark.parametrize(
+    ("d", "q_heads", "dtype"), [(64, 4, torch.bfloat16), (96, 2, torch.float16), (256, 32, torch.bfloat16)]
+)
+@pytest.mark.parametrize("options", [{}, {"window": 20, "soft_cap": 2.0, "sinks": True, "slopes": True}], ids=str)
+def test_queries_in_fp8(d, q_heads, dtype, options):
+    given = [x.to(DEVICE) for x in step([0, 3, 150], d=d, q_heads=q_heads, queries=2, dtype=dtype)[:5]]
+    given[0][0, 0, 0], given[0][1, 0, 1] = 0, given[0][1, 0, 1] * 2.0**-12
+    options = prepared(options, q_heads) | {"fp8_queries": True}
+    expected = paged_decode_reference(*given, scale=d**-0.5, **options)
+    assert error(run(*given, groups=5, **options), expected) <= 4e-3
+
+
 def test_scales_of_each_token_and_head():
     k, v = torch.randn(2, 40, 2, 64).mul_(torch.exp2(torch.randint(-12, 4, (2, 40, 2, 1)).float())).bfloat16()
     k_cache, v_cache = caches(4, 16, 2, 64)
@@ -150,6 +162,7 @@ def test_keys_and_values_are_written_as_the_reference_does(kind, heads, d, order
     cache = torch.bfloat16 if kind == "16 bits" else E4M3
     k, v = torch.randn(2, 20, heads, 2 * d).mul(300).bfloat16().to(DEVICE)[..., :d]
     k[3, 0] = 0
+    k[4, 0, 5], v[4, 0, 6], v[6, 0, :] = float("nan"), float("inf"), float("nan")
     slots = torch.randperm(48)[:20].to(DEVICE)
     slots[5] = -1
     found = []

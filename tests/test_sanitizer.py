@@ -12,7 +12,7 @@ TOOL = shutil.which("compute-sanitizer")
 LAUNCHES = """
 import dataclasses
 import torch
-from adallm import nvfp4
+from adallm import attention, nvfp4
 from adallm.kernels import choice, layout, ops
 from adallm.kernels.expand import expand
 from adallm.kernels.quantize import quantize_tokens
@@ -52,6 +52,30 @@ for k in (208, 4112):
     quantize_tokens(x[:, :k])
     quantize_tokens(x[:, :k], weight=torch.randn(k).bfloat16().cuda())
     quantize_tokens(x, gated=True)
+lengths = torch.tensor([700, 0, 3, 130], dtype=torch.int32)
+for d, cache, options in (
+    (128, torch.float8_e4m3fn, {}),
+    (64, torch.float8_e4m3fn, {"fp8_queries": True, "k_scale": 2.0}),
+    (256, torch.float8_e4m3fn, {"window": 70, "soft_cap": 5.0, "tokens": True}),
+    (128, torch.bfloat16, {"window": 200}),
+):
+    blocks = torch.arange(4 * 45, dtype=torch.int32).view(4, 45)
+    k, v = torch.randn(2, 4 * 45 * 16, 2, d).bfloat16().cuda()
+    both = [torch.zeros(180, 16, 2, d).to(cache).cuda() for _ in range(2)]
+    slots = torch.arange(len(k))
+    slots[5] = -1
+    if options.pop("tokens", False):
+        options |= {name: torch.ones(180, 16, 2).cuda() for name in ("k_scale", "v_scale")}
+    scales = {name: value for name, value in options.items() if "scale" in name}
+    attention.write_kv(k, v, *both, slots.cuda(), **scales)
+    for queries in (1, 8):
+        q = torch.randn(4, queries, 8, d).bfloat16()
+        given = q, *(x.cpu() for x in both), blocks, torch.where(lengths < queries, 0, lengths)
+        found_here = attention.paged_decode(*(x.cuda() for x in given), scale=d**-0.5, **options)
+        on_cpu = {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in options.items()}
+        expected = attention.paged_decode_reference(*given, scale=d**-0.5, **on_cpu)
+        error = float((found_here.cpu().float() - expected).norm() / expected.norm())
+        assert error < 5e-3, (d, cache, options, queries, error)
 torch.cuda.synchronize()
 print(len(found), "products")
 """

@@ -10,7 +10,8 @@ A program goes through its steps backwards. Of a tile that it shares with other 
 workspace. One that joins parts waits for those before it alone, which were launched before it; the order is fixed.
 
 Numerics: with an E4M3 cache, which is exact in FP16, a query row is brought to FP16 by a power of two, exactly but for
-values below 2^-14 of the row's largest; 16-bit caches are multiplied as they are. Logits and sums are FP32, the softmax
+values below 2^-14 of the row's largest; 16-bit caches are multiplied as they are. FP8 queries are E4M3 with a scale for
+each row, and multiply keys as they are stored. Logits and sums are FP32, the softmax
 is online (arXiv 1805.02867) and in base 2. Weights are rounded to 16 bits before they meet the values. Scales enter the
 logits and, those of each token, the exponents of the weights, so that both stay below 1.
 """
@@ -22,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from adallm.kernels.decode_choice import Config, rows
+from adallm.kernels.dequant import to_e4m3, token_scale
 from adallm.paged import Scale, Shape, kind_of
 
 # Parts that are loaded at a time: at most, and for each warp at most numbers.
@@ -269,6 +271,7 @@ def paged_decode_kernel(
     SCALES: tl.constexpr,
     CAP: tl.constexpr,
     WINDOW: tl.constexpr,
+    FP8_QUERIES: tl.constexpr,
     FAST: tl.constexpr,
 ):
     pid = tl.program_id(0)
@@ -298,11 +301,15 @@ def paged_decode_kernel(
     H: tl.constexpr = DP // 2 if EIGHT else DP
     d = tl.arange(0, H)
     in_d = d < (D // 2 if EIGHT else D)
+    e = tl.arange(0, DP)
+    in_e = e < D
     size: tl.constexpr = M * (DP + 3)
     Q: tl.constexpr = q.dtype.element_ty
     if EIGHT:
-        q = q.to(tl.pointer_type(tl.int32))
-        k_cache, v_cache = k_cache.to(tl.pointer_type(tl.int16)), v_cache.to(tl.pointer_type(tl.int16))
+        # In pairs, but for an FP8 product, whose operands are eight bits.
+        v_cache = v_cache.to(tl.pointer_type(tl.int16))
+        if not FP8_QUERIES:
+            q, k_cache = q.to(tl.pointer_type(tl.int32)), k_cache.to(tl.pointer_type(tl.int16))
     while stop > start:
         b = tl.sum((ends <= stop - 1).to(tl.int32))
         of_b = i == b
@@ -316,7 +323,14 @@ def paged_decode_kernel(
 
         of_rows = q + b.to(tl.int64) * q_b + token[:, None] * q_t + (h * G + of_head)[:, None] * q_h
         inside = in_row[:, None] & in_d[None, :]
-        if EIGHT:
+        if FP8_QUERIES:
+            rows = tl.load(of_rows + e[None, :], mask=in_row[:, None] & in_e[None, :], other=0.0).to(tl.float32)
+            factor = token_scale(tl.max(tl.abs(rows), axis=1))
+            rows = to_e4m3(tl.math.div_rn(rows, factor[:, None]), FAST)
+            factor *= scale
+            if not FAST:
+                rows = rows.to(tl.float32)
+        elif EIGHT:
             rows, rows_2 = _halves(tl.load(of_rows + d[None, :], mask=inside, other=0), Q)
             exponent = tl.maximum(_exponent(rows), _exponent(rows_2))
             down = ((254 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]
@@ -349,13 +363,21 @@ def paged_decode_kernel(
                 there = there & (j > tokens - T - window)
             block = tl.load(table + b.to(tl.int64) * table_b + j // BLOCK, mask=there, other=0).to(tl.int64)
             stored = there[:, None] & in_d[None, :]
-            of_key = k_cache + (block * k_b + (j % BLOCK) * k_t + h * k_h)[:, None] + d[None, :]
+            of_key = k_cache + (block * k_b + (j % BLOCK) * k_t + h * k_h)[:, None]
             of_value = v_cache + (block * v_b + (j % BLOCK) * v_t + h * v_h)[:, None] + d[None, :]
-            keys = tl.load(of_key, mask=stored, other=0)
+            if FP8_QUERIES:
+                keys = tl.load(of_key + e[None, :], mask=there[:, None] & in_e[None, :], other=0.0)
+            else:
+                keys = tl.load(of_key + d[None, :], mask=stored, other=0)
             values = tl.load(of_value, mask=stored, other=0)
             if EIGHT:
-                keys, keys_2 = _pairs(keys, FAST)
                 values, values_2 = _pairs(values, FAST)
+            if FP8_QUERIES:
+                if not FAST:
+                    keys = keys.to(tl.float32)
+                logits = tl.dot(rows, tl.trans(keys), input_precision="ieee") * factor[:, None]
+            elif EIGHT:
+                keys, keys_2 = _pairs(keys, FAST)
                 logits = tl.dot(rows, tl.trans(keys), input_precision="ieee")
                 logits = tl.dot(rows_2, tl.trans(keys_2), logits, input_precision="ieee") * factor[:, None]
             else:
@@ -457,6 +479,7 @@ def launch(
     soft_cap: float = 0.0,
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    fp8_queries: bool = False,
 ) -> None:
     """``paged_decode`` of arguments that ``check_decode`` has seen, with ``shape`` from there.
 
@@ -468,6 +491,7 @@ def launch(
     m, columns = rows(shape), triton.next_power_of_2(shape.head_size)
     joined = min(triton.next_power_of_2(shape.queries * (shape.q_heads // shape.kv_heads)), m)
     pair = 2 if k_cache.itemsize == 1 else 1
+    key_pair = 1 if fp8_queries else pair
     paged_decode_kernel[(programs,)](
         q,
         k_cache,
@@ -484,8 +508,8 @@ def launch(
         shape.batch,
         config.parts,
         shape.kv_heads,
-        *(stride // pair for stride in q.stride()[:3]),
-        *(stride // pair for stride in k_cache.stride()[:3]),
+        *(stride // key_pair for stride in q.stride()[:3]),
+        *(stride // key_pair for stride in k_cache.stride()[:3]),
         *(stride // pair for stride in v_cache.stride()[:3]),
         block_table.stride(0),
         *out.stride()[:3],
@@ -506,6 +530,7 @@ def launch(
         SCALES=kind_of(k_scale),
         CAP=soft_cap > 0,
         WINDOW=window is not None,
+        FP8_QUERIES=fp8_queries,
         FAST=q.device.type != "cpu",
         num_warps=config.warps,
         num_stages=config.stages,

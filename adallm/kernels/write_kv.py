@@ -40,7 +40,7 @@ def _write(
     if EIGHT:
         y = y.to(tl.float32)
         if SCALES == "token":
-            of_head = token_scale(tl.max(tl.abs(y), axis=1))
+            of_head = token_scale(tl.max(tl.where(y == y, tl.abs(y), 0.0), axis=1))
             tl.store(scale + slot * heads + h, of_head, mask=h < heads)
             y = tl.math.div_rn(y, tl.broadcast_to(of_head[:, None], y.shape))
         elif SCALES == "tensor":
