@@ -141,6 +141,11 @@ def test_twenty_sequences_at_random(seed):
     assert error(run(*given, groups=chosen.choice((1, 7, 40)), n=chosen.choice((16, 64)), **options), expected) <= 4e-3
 
 
+def test_no_sequences():
+    q, k_cache, v_cache, table, lengths = (x.to(DEVICE) for x in step([20, 5])[:5])
+    assert run(q[:0], k_cache, v_cache, table[:0], lengths[:0], groups=2).shape == (0, 1, 4, 64)
+
+
 def test_sinks_without_weight():
     given = [x.to(DEVICE) for x in step([0, 20])[:5]]
     out = run(*given, groups=2, sinks=torch.full((4,), float("-inf"), device=DEVICE))

@@ -11,9 +11,9 @@ workspace. One that joins parts waits for those before it alone, which were laun
 
 Numerics: with an E4M3 cache, which is exact in FP16, a query row is brought to FP16 by a power of two, exactly but for
 values below 2^-14 of the row's largest; 16-bit caches are multiplied as they are. FP8 queries are E4M3 with a scale for
-each row, and multiply keys as they are stored. Logits and sums are FP32, the softmax
-is online (arXiv 1805.02867) and in base 2. Weights are rounded to 16 bits before they meet the values. Scales enter the
-logits and, those of each token, the exponents of the weights, so that both stay below 1.
+each row, and multiply keys as they are stored. Logits and sums are FP32, the softmax is online (arXiv 1805.02867) and
+in base 2. Weights are rounded to 16 bits before they meet the values. Scales enter the logits and, those of each token,
+the exponents of the weights, so that both stay below 1.
 """
 
 from __future__ import annotations
@@ -488,6 +488,8 @@ def launch(
         config, programs, partial, arrivals: of ``decode_choice``: ``choose``, ``programs``, ``workspace_floats``
             numbers, and three int32 zeros for each of ``programs``, which are zeros again after.
     """
+    if not shape.batch:
+        return
     m, columns = rows(shape), triton.next_power_of_2(shape.head_size)
     joined = min(triton.next_power_of_2(shape.queries * (shape.q_heads // shape.kv_heads)), m)
     pair = 2 if k_cache.itemsize == 1 else 1
