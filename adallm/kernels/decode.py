@@ -283,6 +283,26 @@ def paged_decode_kernel(
     LOG2E: tl.constexpr = 1.4426950408889634
     i = tl.arange(0, BATCH)
     length = tl.load(lengths + i, mask=i < batch, other=0)
+    row = tl.arange(0, M)
+    # Columns in pairs where the cache has eight bits, but for an FP8 product, whose operands are eight bits: H of
+    # values and E of queries and keys.
+    PAIRS: tl.constexpr = EIGHT and not FP8_QUERIES
+    H: tl.constexpr = DP // 2 if EIGHT else DP
+    E: tl.constexpr = DP // 2 if PAIRS else DP
+    d, e = tl.arange(0, H), tl.arange(0, E)
+    in_d, in_e = d < (D // 2 if EIGHT else D), e < (D // 2 if PAIRS else D)
+    size: tl.constexpr = M * (DP + 3)
+    Q: tl.constexpr = q.dtype.element_ty
+    if EIGHT:
+        v_cache = v_cache.to(tl.pointer_type(tl.int16))
+    if PAIRS:
+        q, k_cache = q.to(tl.pointer_type(tl.int32)), k_cache.to(tl.pointer_type(tl.int16))
+    # Of a single sequence queries are asked for together with its length; more rows would want too many registers.
+    EARLY: tl.constexpr = BATCH == 1 and M == 16
+    if EARLY:
+        of_row = of_tile // heads * M + row
+        of_query = of_row // G * q_t + (h * G + of_row % G) * q_h
+        loaded = tl.load(q + of_query[:, None] + e[None, :], mask=(of_row < T * G)[:, None] & in_e[None, :], other=0.0)
     # The first step that any query token of a sequence sees, and how many there are; an empty sequence has one.
     skipped = (tl.maximum(length - T - window + 1, 0) // N) if WINDOW else length * 0
     steps = tl.where(i < batch, tl.maximum((length + N - 1) // N - skipped, 1), 0)
@@ -296,20 +316,6 @@ def paged_decode_kernel(
     more = all_steps - share * groups
     start = group * share + group * more // groups
     stop = tl.where(group < groups, (group + 1) * share + (group + 1) * more // groups, start)
-    row = tl.arange(0, M)
-    # Columns in pairs where the cache has eight bits: H tells how many of them.
-    H: tl.constexpr = DP // 2 if EIGHT else DP
-    d = tl.arange(0, H)
-    in_d = d < (D // 2 if EIGHT else D)
-    e = tl.arange(0, DP)
-    in_e = e < D
-    size: tl.constexpr = M * (DP + 3)
-    Q: tl.constexpr = q.dtype.element_ty
-    if EIGHT:
-        # In pairs, but for an FP8 product, whose operands are eight bits.
-        v_cache = v_cache.to(tl.pointer_type(tl.int16))
-        if not FP8_QUERIES:
-            q, k_cache = q.to(tl.pointer_type(tl.int32)), k_cache.to(tl.pointer_type(tl.int16))
     while stop > start:
         b = tl.sum((ends <= stop - 1).to(tl.int32))
         of_b = i == b
@@ -317,21 +323,22 @@ def paged_decode_kernel(
         first_step = (tl.maximum(tokens - T - window + 1, 0) // N) if WINDOW else 0
         count = tl.maximum((tokens + N - 1) // N - first_step, 1)
         before = tl.sum(tl.where(of_b, ends, 0)) - count
+        begin, end = tl.maximum(start - before, 0), stop - before
         of_row = of_tile // heads * M + row
         in_row, token, of_head = of_row < T * G, of_row // G, of_row % G
-        begin, end = tl.maximum(start - before, 0), stop - before
 
-        of_rows = q + b.to(tl.int64) * q_b + token[:, None] * q_t + (h * G + of_head)[:, None] * q_h
-        inside = in_row[:, None] & in_d[None, :]
+        if not EARLY:
+            of_query = b.to(tl.int64) * q_b + token * q_t + (h * G + of_head) * q_h
+            loaded = tl.load(q + of_query[:, None] + e[None, :], mask=in_row[:, None] & in_e[None, :], other=0.0)
         if FP8_QUERIES:
-            rows = tl.load(of_rows + e[None, :], mask=in_row[:, None] & in_e[None, :], other=0.0).to(tl.float32)
+            rows = loaded.to(tl.float32)
             factor = token_scale(tl.max(tl.abs(rows), axis=1))
             rows = to_e4m3(tl.math.div_rn(rows, factor[:, None]), FAST)
             factor *= scale
             if not FAST:
                 rows = rows.to(tl.float32)
-        elif EIGHT:
-            rows, rows_2 = _halves(tl.load(of_rows + d[None, :], mask=inside, other=0), Q)
+        elif PAIRS:
+            rows, rows_2 = _halves(loaded, Q)
             exponent = tl.maximum(_exponent(rows), _exponent(rows_2))
             down = ((254 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]
             rows, rows_2 = rows * down, rows_2 * down
@@ -339,7 +346,7 @@ def paged_decode_kernel(
             if FAST:
                 rows, rows_2 = rows.to(tl.float16), rows_2.to(tl.float16)
         else:
-            rows = tl.load(of_rows + d[None, :], mask=inside, other=0.0)
+            rows = loaded
             factor = tl.full([M], 1.0, tl.float32) * scale
             if not FAST:
                 rows = rows.to(tl.float32)
@@ -362,21 +369,17 @@ def paged_decode_kernel(
             if WINDOW:
                 there = there & (j > tokens - T - window)
             block = tl.load(table + b.to(tl.int64) * table_b + j // BLOCK, mask=there, other=0).to(tl.int64)
-            stored = there[:, None] & in_d[None, :]
-            of_key = k_cache + (block * k_b + (j % BLOCK) * k_t + h * k_h)[:, None]
+            of_key = k_cache + (block * k_b + (j % BLOCK) * k_t + h * k_h)[:, None] + e[None, :]
             of_value = v_cache + (block * v_b + (j % BLOCK) * v_t + h * v_h)[:, None] + d[None, :]
-            if FP8_QUERIES:
-                keys = tl.load(of_key + e[None, :], mask=there[:, None] & in_e[None, :], other=0.0)
-            else:
-                keys = tl.load(of_key + d[None, :], mask=stored, other=0)
-            values = tl.load(of_value, mask=stored, other=0)
+            keys = tl.load(of_key, mask=there[:, None] & in_e[None, :], other=0.0)
+            values = tl.load(of_value, mask=there[:, None] & in_d[None, :], other=0.0)
             if EIGHT:
                 values, values_2 = _pairs(values, FAST)
             if FP8_QUERIES:
                 if not FAST:
                     keys = keys.to(tl.float32)
                 logits = tl.dot(rows, tl.trans(keys), input_precision="ieee") * factor[:, None]
-            elif EIGHT:
+            elif PAIRS:
                 keys, keys_2 = _pairs(keys, FAST)
                 logits = tl.dot(rows, tl.trans(keys), input_precision="ieee")
                 logits = tl.dot(rows_2, tl.trans(keys_2), logits, input_precision="ieee") * factor[:, None]
