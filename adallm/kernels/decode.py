@@ -540,5 +540,5 @@ def launch(
         num_warps=config.warps,
         num_stages=config.stages,
         # Left alone the compiler may aim at more blocks than fit the shared memory, and spill for it.
-        maxnreg=255 if m == 32 else None,
+        maxnreg=255 if m == 32 or pair == 1 else None,
     )
