@@ -101,7 +101,7 @@ def model_errors(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str, int]
 
 def count_table(counts: Sequence[Counts]) -> str:
     """What each build takes."""
-    header = ("kernel", "kind", "config", "regs", "spills", "shared", "blocks/SM", "instr/weight", "ALU", "FMA")
+    header = ("kernel", "kind", "config", "regs", "spills", "shared", "blocks/SM", "instr/number", "ALU", "FMA")
     lines = []
     for c in counts:
         numbers = (c.regs, c.spills, c.shared, c.blocks_per_sm, f"{c.instr_per_weight:.2f}" * bool(c.instr_per_weight))
