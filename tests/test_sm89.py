@@ -2,24 +2,32 @@
 
 import contextlib
 import ctypes
+import itertools
 import os
 import shutil
 import subprocess
 import sys
 import types
+from functools import partial
 
 import pytest
 import torch
+from paged_step import E4M3, caches, step
 from triton.runtime.jit import JITFunction
 
-from adallm.kernels import choice, matmul
+from adallm.attention import paged_decode_reference
+from adallm.kernels import choice, decode, decode_choice, matmul, write_kv
 from adallm.kernels.expand import expand
 from adallm.kernels.matmul import Config
 from adallm.kernels.quantize import quantize_tokens
+from adallm.paged import HEAD_SIZES, Shape
 from adallm.sm89 import build, check, counts, driver, sass
 
 CONFIGURATIONS = choice.configurations("sm_89")
+DECODE = decode_choice.TABLES["sm_89"]
 MMA = {"bf16": "HMMA.16816.F32.BF16", "fp16": "HMMA.16816.F32", "fp8": "QMMA.16832.F32.E4M3.E4M3"}
+DEVICE = "cuda"
+DECODE_MMA = {"bf16": "HMMA.16816.F32.BF16", "fp8": "HMMA.16816.F32"}
 
 
 @pytest.mark.slow
@@ -27,22 +35,30 @@ def test_every_build(monkeypatch):
     # One test, so that one process compiles them; and the other process does not interpret because this one does.
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     found = counts.measured()
-    products = [c for c in found if c.config is not None]
+    products, decodes = ([c for c in found if c.kernel == name] for name in ("nvfp4_matmul", "paged_decode_kernel"))
     assert [(c.kind, c.config) for c in products] == CONFIGURATIONS
-    assert [c.kernel for c in found if c.config is None] == ["nvfp4_expand"] * 3 + ["fp8_tokens"] * 12
+    assert {c.config for c in decodes if c.kind.startswith("fp8")} == set(itertools.chain(*DECODE.values()))
+    assert len(decodes) == 3 * len(DECODE) * len(HEAD_SIZES)
+    others = ["nvfp4_expand"] * 3 + ["fp8_tokens"] * 12 + ["write_kv_kernel"] * 9
+    assert [c.kernel for c in found if c.config is None] == others
     wrong = []
     for c in found:
-        # Where warps share rows, each expands them: a weight counts several times.
-        sane = 1.5 <= c.instr_per_weight <= 12 or c.kernel == "fp8_tokens"
+        # Where warps share rows, each expands them, and in decode they may compute the same: a number counts several
+        # times. Decode does the rest for 16 or 32 rows of logits, with all options at once in the dearest case.
+        most = 60 if c in decodes else 12
+        sane = 1.5 <= c.instr_per_weight <= most or c.kernel in ("fp8_tokens", "write_kv_kernel")
         sane &= c.loop == c.alu + c.fma + c.tensor + c.memory + c.other
+        mma = (DECODE_MMA[c.kind.split()[0]] if c in decodes else MMA[c.kind]) if c.config else ""
+        # Of a decode step as many blocks are launched as are to be resident.
+        blocks = c.config.programs if c in decodes else 1
         wrong += [
             f"{c.kernel} {c.kind} {c.config}: {what}"
             for what, right in {
                 c.problem: not c.problem,
                 f"{c.spills} bytes of spills": c.spills == 0,
                 f"{c.shared} bytes of shared memory": c.shared <= 101376,
-                f"{c.blocks_per_sm} blocks an SM": c.blocks_per_sm >= 1,
-                f"tensor-core instruction {c.mma!r}": c.mma == (MMA[c.kind] if c.config else ""),
+                f"{c.blocks_per_sm} blocks an SM": c.blocks_per_sm >= blocks,
+                f"tensor-core instruction {c.mma!r}": c.mma == mma,
                 f"{c.instr_per_weight} instructions a weight of {c.loop}": sane,
             }.items()
             if not right
@@ -271,3 +287,60 @@ def test_sm89_ptx_of_the_expansion_and_the_quantizer(kind):
         x = torch.randn(5, k, dtype=build.DTYPES["bf16" if kind == "fp8" else kind], device="cuda")
         for ours, native in zip(driver.run(quantize_tokens, x), quantize_tokens(x), strict=True):
             assert torch.equal(ours.float(), native.float())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("cache", "options"), [(E4M3, False), (E4M3, True), (torch.bfloat16, False)])
+@pytest.mark.parametrize("head_size", [64, 128, 256])
+@pytest.mark.parametrize("queries", [1, 8])
+def test_sm89_ptx_of_decode_attention(queries, head_size, cache, options):
+    given = step([0, 8, 300, 2000], q_heads=8, d=head_size, queries=queries, cache=cache)[:5]
+    given = [x.to(DEVICE) for x in given]
+    chosen = {"scale": head_size**-0.5}
+    if options:
+        generator = torch.Generator(DEVICE).manual_seed(0)
+        sinks, slopes = torch.rand(2, 8, generator=generator, device=DEVICE)
+        k_scale, v_scale = torch.rand(2, *given[1].shape[:3], generator=generator, device=DEVICE) + 0.5
+        chosen |= {"window": 700, "soft_cap": 20.0, "sinks": sinks, "alibi_slopes": slopes / 100}
+        chosen |= {"k_scale": k_scale, "v_scale": v_scale}
+    elif cache == E4M3:
+        chosen |= {"k_scale": 0.75, "v_scale": 3.0}
+    expected = paged_decode_reference(*given, **chosen)
+    outputs = [decoded(launch, given, chosen) for launch in (partial(driver.run, decode.launch), decode.launch)]
+    for out in outputs:
+        assert (out.float() - expected).norm() / expected.norm() <= 5e-3
+    assert (outputs[0].float() - outputs[1].float()).norm() / expected.norm() <= 5e-3
+
+
+def decoded(launch, given, options):
+    """With the configuration that an Ada card has, on as many SMs as are here."""
+    q, k_cache, *_ = given
+    shape, out = Shape.of(q, k_cache), torch.full_like(q, torch.nan)
+    programs = decode_choice.programs(shape, k_cache.itemsize, choice.GPU("sm_89", choice.gpu(q.device.index).sms, ""))
+    parts = torch.full((decode_choice.workspace_floats(shape, programs),), torch.nan, device=DEVICE)
+    arrivals = torch.zeros(3 * programs, dtype=torch.int32, device=DEVICE)
+    config = decode_choice.choose(shape, k_cache.itemsize, "sm_89")
+    for _ in range(2):
+        launch(*given, out, shape, config, programs=programs, partial=parts, arrivals=arrivals, **options)
+        assert not arrivals.any()
+    return out
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["number", "token", "16 bits"])
+@pytest.mark.parametrize("head_size", [64, 128, 256])
+def test_sm89_ptx_that_writes_keys_and_values(kind, head_size):
+    k, v = torch.randn(2, 20, 3, head_size, device=DEVICE).mul(300).bfloat16()
+    slots = torch.randperm(48, device=DEVICE)[:20]
+    slots[5] = -1
+    found = []
+    for launch in (partial(driver.run, write_kv.launch), write_kv.launch):
+        made = caches(3, 16, 3, head_size, dtype=torch.bfloat16 if kind == "16 bits" else E4M3, fill=0.0)
+        made = [x.to(DEVICE) for x in made]
+        scales = torch.zeros(2, 3, 16, 3, device=DEVICE)
+        numbers = {"number": (0.7, 3.0), "token": scales, "16 bits": (1.0, 1.0)}[kind]
+        launch(k, v, *made, slots, k_scale=numbers[0], v_scale=numbers[1])
+        found.append([*(x.float() for x in made), scales])
+    for ours, native in zip(*found, strict=True):
+        assert torch.equal(ours, native)
+    assert all(x.any() for x in found[0][: 3 if kind == "token" else 2])

@@ -88,7 +88,7 @@ class Measurer:
     def _step(self, step: Step, impls: Sequence[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         inputs = Inputs.of(step, self._pool_for(step), self._copies(step.nbytes(1)))
         case = {name: getattr(step, name) for name in ("heads", "block", "batch", "context", "ragged", "window")}
-        expected = _Expected(inputs)
+        expected = Expected(inputs)
         ready: dict[str, tuple[Prepared, dict[str, Any]]] = {}
         timed: dict[str, list[Callable[[], float]]] = {}
         absent = []
@@ -171,7 +171,7 @@ class Measurer:
         return calls
 
 
-class _Expected:
+class Expected:
     """Results in FP32 for a sample of the sequences, of the first copy of the cache and the last."""
 
     def __init__(self, inputs: Inputs) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -21,8 +22,9 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
 
-from adallm.kernels import choice, expand, hopper, matmul, ops, quantize
+from adallm.kernels import choice, decode, decode_choice, expand, hopper, matmul, ops, quantize, write_kv
 from adallm.kernels.layout import TILE_K, TILE_N
+from adallm.paged import HEAD_SIZES, Shape
 
 # A launcher's module and the kernel that it launches.
 KERNEL: dict[Callable[..., Any], tuple[ModuleType, str]] = {
@@ -30,6 +32,15 @@ KERNEL: dict[Callable[..., Any], tuple[ModuleType, str]] = {
     hopper.launch: (hopper, "nvfp4_matmul_hopper"),
     expand.expand: (expand, "nvfp4_expand"),
     quantize.quantize_tokens: (quantize, "fp8_tokens"),
+    decode.launch: (decode, "paged_decode_kernel"),
+    write_kv.launch: (write_kv, "write_kv_kernel"),
+}
+Config = matmul.Config | decode_choice.Config
+# Of the kernels that have configurations.
+CONFIG: dict[str, Callable[..., Config]] = {
+    "nvfp4_matmul": matmul.Config,
+    "nvfp4_matmul_hopper": matmul.Config,
+    "paged_decode_kernel": decode_choice.Config,
 }
 
 _TYPES = {
@@ -38,6 +49,7 @@ _TYPES = {
     torch.float32: "*fp32",
     torch.float8_e4m3fn: "*fp8e4nv",
     torch.int32: "*i32",
+    torch.int64: "*i64",
     torch.uint8: "*u8",
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}
@@ -51,14 +63,14 @@ class Build:
         fn: the JIT function.
         signature: type of each argument, ``"constexpr"`` where ``constants`` has its value.
         aligned: arguments that are multiples of 16.
-        options: ``num_warps``, ``num_stages``.
+        options: ``num_warps``, ``num_stages``, ``maxnreg``, as far as they are given.
     """
 
     fn: JITFunction
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, Any], ...]
     aligned: tuple[str, ...]
-    options: tuple[tuple[str, int], ...]
+    options: tuple[tuple[str, int | None], ...]
 
 
 def build(fn: JITFunction, *args: Any, **kwargs: Any) -> Build:
@@ -129,13 +141,13 @@ def replaced(launcher: Callable[..., Any], call: Callable[..., Any]) -> Iterator
 
 @dataclass(frozen=True)
 class Named:
-    """A build and what a table says of it: the kernel, what it multiplies, writes, or quantizes and of which K, and its
-    configuration, where the table in ``choice.py`` has one.
+    """A build and what a table says of it: the kernel, what it multiplies, writes, or quantizes and of which K, or the
+    cache that it reads, and its configuration, where ``choice.py`` or ``decode_choice.py`` has one.
     """
 
     kernel: str
     kind: str
-    config: matmul.Config | None
+    config: Config | None
     build: Build
 
 
@@ -145,7 +157,9 @@ def products(family: str) -> list[Named]:
 
 
 def builds() -> list[Named]:
-    """Every build that a launch on an Ada GPU can ask for with K a multiple of the step."""
+    """Every build that a launch on an Ada GPU can ask for: of linear layers with K a multiple of the step; of attention
+    each configuration for each head size, plain and with all options at once, for one number of heads and sequences.
+    """
     found = products("sm_89")
     words, scales = _weight(4096, 4096)
     shift = _meta(4096, dtype=torch.uint8)
@@ -157,6 +171,13 @@ def builds() -> list[Named]:
         found.append(_named(quantize.quantize_tokens, f"none {k}", {"x": x}))
         found.append(_named(quantize.quantize_tokens, f"rms_norm {k}", {"x": x, "weight": weight}))
         found.append(_named(quantize.quantize_tokens, f"silu_and_mul {k}", {"x": gated, "gated": True}))
+    for head_size, queries in itertools.product(HEAD_SIZES, (1, 8)):
+        shape = Shape(4, queries, 8, 2, head_size, 100, 16)
+        for cache, options in (("fp8", False), ("fp8", True), ("bf16", False)):
+            given = attention(shape, cache, options=options)
+            found.append(_named(decode.launch, attention_kind(shape, cache, options=options), given))
+    for head_size, kind in itertools.product((64, 128, 256), ("fp8", "fp8 token scales", "bf16")):
+        found.append(_named(write_kv.launch, f"{kind} {head_size}", _written(head_size, kind)))
     return found
 
 
@@ -197,3 +218,50 @@ def product(kind: str, config: matmul.Config, k: int | None = None) -> dict[str,
         "x_scale": _meta(m, dtype=torch.float32) if kind == "fp8" else None,
         "arrivals": _meta(16, dtype=torch.int32) if config.splits > 1 or config.programs else None,
     }
+
+
+def attention_kind(shape: Shape, cache: str, *, options: bool = False) -> str:
+    """``"fp8 16x128"``: the cache, rows of a tile and columns of a head; ``"fp8 16x128 all options"``."""
+    return f"{cache} {decode_choice.rows(shape)}x{shape.head_size}" + " all options" * options
+
+
+def attention(shape: Shape, cache: str, *, options: bool = False) -> dict[str, Any]:
+    """What the decode launcher takes, on ``meta`` tensors.
+
+    Args:
+        options: all of them, with scales of each token and head in place of one number.
+    """
+    q, table = _meta(shape.batch, shape.queries, shape.q_heads, shape.head_size), (shape.batch, shape.blocks)
+    stored, programs = _meta(*_cache(shape), dtype=DTYPES[cache]), 64
+    given = {
+        "q": q,
+        "k_cache": stored,
+        "v_cache": stored,
+        "block_table": _meta(*table, dtype=torch.int32),
+        "seq_lens": _meta(shape.batch, dtype=torch.int32),
+        "out": q,
+        "shape": shape,
+        "config": decode_choice.choose(shape, stored.itemsize, "sm_89"),
+        "programs": programs,
+        "partial": _meta(decode_choice.workspace_floats(shape, programs), dtype=torch.float32),
+        "arrivals": _meta(3 * programs, dtype=torch.int32),
+        "scale": shape.head_size**-0.5,
+    }
+    if options:
+        of_head, of_token = _meta(shape.q_heads, dtype=torch.float32), _meta(*_cache(shape)[:3], dtype=torch.float32)
+        given |= {"window": 100, "soft_cap": 30.0, "sinks": of_head, "alibi_slopes": of_head}
+        given |= {"k_scale": of_token, "v_scale": of_token}
+    return given
+
+
+def _cache(shape: Shape) -> tuple[int, int, int, int]:
+    return shape.blocks, shape.block_size, shape.kv_heads, shape.head_size
+
+
+def _written(head_size: int, kind: str) -> dict[str, Any]:
+    """What the launcher of ``write_kv`` takes, on ``meta`` tensors: 8 heads of 16 tokens."""
+    new, stored = _meta(16, 8, head_size), _meta(100, 16, 8, head_size, dtype=DTYPES[kind.split()[0]])
+    given = {"k": new, "v": new, "k_cache": stored, "v_cache": stored, "slot_mapping": _meta(16, dtype=torch.int64)}
+    if kind.endswith("scales"):
+        given |= dict.fromkeys(("k_scale", "v_scale"), _meta(*stored.shape[:3], dtype=torch.float32))
+    return given

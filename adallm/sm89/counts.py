@@ -17,11 +17,11 @@ from typing import Any
 from triton.compiler import CompiledKernel
 
 from adallm.hardware import GPUS, blocks_per_sm
+from adallm.kernels import matmul
 from adallm.kernels.dequant import check_registers
 from adallm.kernels.layout import TILE_K, TILE_N
-from adallm.kernels.matmul import Config
 from adallm.sm89 import sass
-from adallm.sm89.build import Named, compiled
+from adallm.sm89.build import CONFIG, Config, Named, compiled
 
 # The limits of an SM are the same for every Ada GPU.
 ADA = GPUS["RTX 4090"]
@@ -41,9 +41,10 @@ class Counts:
         mma: the tensor-core instruction, ``""`` for none.
         loop: instructions in the main loop, or in all if there is none.
         outside: instructions outside the main loop.
-        steps: steps of K in one pass of the loop, above 1 where ptxas unrolled it.
+        steps: steps of K, or of tokens, in one pass of the loop, above 1 where ptxas unrolled it.
         alu, fma, tensor, memory, other: ``loop`` by pipe.
-        instr_per_weight: instructions of the loop a weight that a thread expands; 0 for a kernel without weights.
+        instr_per_weight: instructions of the loop for each weight, or number of the cache, that is the share of a
+            thread; 0 for a kernel that reads neither.
         problem: why there is no binary or it would compute something else, ``""`` if all is well.
     """
 
@@ -72,7 +73,9 @@ class Counts:
         """``"n64 m8 k64 slices4 splits1 warps4 stages3"``, or the kind for a kernel without configurations."""
         if self.config is None:
             return self.kind
-        return self.config.label
+        if isinstance(self.config, matmul.Config):
+            return self.config.label
+        return " ".join(f"{name}{value}" for name, value in vars(self.config).items())
 
 
 def count(named: Named, gpu: str = "sm_89") -> Counts:
@@ -98,9 +101,9 @@ def _read(named: Named, kernel: CompiledKernel, text: str) -> Counts:
     outside = len(found) - len(loop) if loop else 0
     loop = loop or [body for _, body in found]
     warps, regs, shared = kernel.metadata.num_warps, sass.registers(text), kernel.metadata.shared
-    steps = _steps(named, loop)
+    steps = _steps(named, kernel, loop)
     weights = steps * _weights(named, warps)
-    if named.config is not None:
+    if isinstance(named.config, matmul.Config):
         check_registers(kernel.asm["ttgir"])
     return Counts(
         **_names(named),
@@ -120,19 +123,24 @@ def _read(named: Named, kernel: CompiledKernel, text: str) -> Counts:
 
 
 def _weights(named: Named, warps: int) -> float:
-    """Weights for each thread of a block in one step."""
+    """Weights, or numbers of the cache, for each thread of a block in one step."""
     constants = dict(named.build.constants)
-    tile = constants.get("R", 0) * TILE_N * constants.get("C", 0) * TILE_K
-    return tile * constants.get("SLICES", 1) / (32 * warps)
+    tile = constants.get("R", 0) * TILE_N * constants.get("C", 0) * TILE_K * constants.get("SLICES", 1)
+    cache = 2 * constants.get("N", 0) * constants.get("D", 0)
+    return (tile or cache) / (32 * warps)
 
 
-def _steps(named: Named, loop: list[str]) -> int:
+def _steps(named: Named, kernel: CompiledKernel, loop: list[str]) -> int:
     """Steps in a pass of the loop: its tensor-core instructions over those of a step."""
-    if named.config is None:
-        return 1
     config = named.config
-    columns = sum(32 if ".16832." in name else 16 for name in sass.mma(loop))
-    steps = 16 * 8 * columns * config.warps / (config.n * config.m * config.k * config.slices)
+    if config is None:
+        return 1
+    if isinstance(config, matmul.Config):
+        columns = sum(32 if ".16832." in name else 16 for name in sass.mma(loop))
+        steps = 16 * 8 * columns * config.warps / (config.n * config.m * config.k * config.slices)
+    else:
+        # Warps may compute the same, so that sizes do not tell; PTX has one step.
+        steps = len(sass.mma(loop)) / kernel.asm["ptx"].count("mma.sync")
     if steps < 1 or steps % 1:
         raise RuntimeError(f"the main loop has {steps} times the products of a step")
     return int(steps)
@@ -158,6 +166,6 @@ def measured(gpu: str = "sm_89") -> tuple[Counts, ...]:
     if done.returncode:
         raise RuntimeError(f"python -m adallm.sm89 failed:\n{done.stderr[-4000:]}")
     return tuple(
-        Counts(**{**found, "config": found["config"] and Config(**found["config"])})
+        Counts(**{**found, "config": found["config"] and CONFIG[found["kernel"]](**found["config"])})
         for found in json.loads(done.stdout)
     )

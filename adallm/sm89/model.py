@@ -1,4 +1,4 @@
-"""Projected time of a product on a card of which there is a data sheet.
+"""Projected time of a product, or of a decode step, on a card of which there is a data sheet.
 
 ``us = latency + max(memory, issue, tensor)``, each being the time that this resource alone would take::
 
@@ -15,6 +15,12 @@ warp of a scheduler; among the others is what takes FP8 sums out of the tensor c
 the most of: a clock for each instruction, two for each of the ALU, two for each of the FMA pipe. *Blocks of the busiest
 SM* are ``ceil(blocks / SMs)``, which is what a last, partly filled wave costs.
 
+Of a decode step memory is the keys and values that are read, and the work is counted in steps of the busiest SM::
+
+    steps = ceil(blocks / SMs) * ceil(steps of all sequences / groups of blocks)
+
+What a launch takes to find its sequences and to join their parts is in its latency, which therefore is another.
+
 Left out: clocks other than boost, the sums of split blocks, activations that several blocks read (the L2 cache has
 both), and whatever makes the three overlap less.
 
@@ -23,7 +29,8 @@ from counts of that (``counts.measured("sm_90")``).
 
 Two constants come from no binary and no data sheet: the issue efficiency, and the latency of a launch with its first
 loads and last stores. ``fit`` takes them from times of this PTX on another GPU: the pair on a grid with the least sum
-of squared ``log(projected / measured)``. Until there are any, ``ASSUMED`` stands for them.
+of squared ``log(projected / measured)``, of several such pairs that with the lowest efficiency. Until there are any,
+``ASSUMED`` and ``ASSUMED_DECODE`` stand for them.
 """
 
 from __future__ import annotations
@@ -34,12 +41,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from adallm.hardware import GPU, SCHEDULERS, blocks_per_sm
+from adallm.kernels import decode_choice, matmul
 from adallm.kernels.layout import TILE_K
+from adallm.paged import Shape
 from adallm.sm89.counts import Counts
 
 DRAM_EFFICIENCY = 0.9
 DRAM_LATENCY_US = 0.7
 _BITS = 4.5  # of a weight, with its share of a scale
+_MMA = 2 * 16 * 8 * 16  # operations of HMMA.16816
 
 
 @dataclass(frozen=True)
@@ -51,8 +61,10 @@ class Constants:
 
 
 ASSUMED = Constants(issue=0.7, latency_us=4.0)
+ASSUMED_DECODE = Constants(issue=0.5, latency_us=12.0)
+ALONE = Constants(issue=1.0, latency_us=0.0)
 _ISSUE = tuple(i / 50 for i in range(5, 51))
-_LATENCY = tuple(i / 4 for i in range(41))
+_LATENCY = tuple(i / 4 for i in range(81))
 
 
 @dataclass(frozen=True)
@@ -63,6 +75,14 @@ class Product:
     n: int
     k: int
     splits: int = 1
+
+
+@dataclass(frozen=True)
+class DecodeStep:
+    """``shape.queries`` new tokens for each of ``shape.batch`` sequences with ``context`` tokens in the cache."""
+
+    shape: Shape
+    context: int
 
 
 @dataclass(frozen=True)
@@ -87,21 +107,53 @@ def project(counts: Counts, gpu: GPU, product: Product, constants: Constants = A
         ValueError: ``counts`` are of another kernel.
     """
     config = counts.config
-    if config is None:
-        raise ValueError(f"{counts.kernel} multiplies nothing; projections are for nvfp4_matmul")
+    if not isinstance(config, matmul.Config):
+        raise ValueError(f"{counts.kernel} multiplies no weight; this projection is for nvfp4_matmul")
     blocks = _cdiv(product.n, config.n) * _cdiv(product.m, config.m) * product.splits
     busiest = _cdiv(blocks, gpu.sms)
     steps = _cdiv(_cdiv(product.k, config.slices * config.k), product.splits)
 
-    loop = max(counts.loop, 2 * counts.alu, 2 * counts.fma) / counts.steps
-    clocks = (steps * loop + counts.outside) * counts.warps / SCHEDULERS
+    clocks = steps * _step_clocks(counts) + counts.outside * counts.warps / SCHEDULERS
     operations = 2 * config.n * config.m * config.k * config.slices * steps
     tflops = (gpu.fp8_tflops if counts.mma.startswith("QMMA") else gpu.fp16_tflops) * gpu.mma_sync
 
     memory_us = _bytes(counts.kind, product) / _bandwidth(counts, gpu, blocks) / 1e3
-    issue_us = clocks * busiest / (gpu.clock_ghz * constants.issue) / 1e3
-    tensor_us = operations * busiest / (tflops / gpu.sms) / 1e6
+    return _together(gpu, constants, memory_us, clocks * busiest, operations * busiest, tflops)
+
+
+def project_decode(counts: Counts, gpu: GPU, step: DecodeStep, constants: Constants = ASSUMED_DECODE) -> Projection:
+    """Time of a decode step without a window on a GPU, in us.
+
+    Raises:
+        ValueError: ``counts`` are of another kernel.
+    """
+    config, shape = counts.config, step.shape
+    if not isinstance(config, decode_choice.Config):
+        raise ValueError(f"{counts.kernel} reads no cache; this projection is for paged_decode_kernel")
+    tiles, steps = decode_choice.tiles(shape), shape.batch * _cdiv(step.context, config.n)
+    # As the kernel shares its steps.
+    groups = min(max(config.programs * gpu.sms // tiles, 1), steps, max(config.parts * shape.batch, steps // 4))
+    busiest = _cdiv(groups * tiles, gpu.sms) * _cdiv(steps, groups)
+
+    numbers = 2 * shape.batch * step.context * shape.kv_heads * shape.head_size
+    memory_us = numbers * (1 if counts.kind.startswith("fp8") else 2) / (DRAM_EFFICIENCY * gpu.dram_gb_s) / 1e3
+    operations = busiest * _MMA * counts.tensor / counts.steps * counts.warps
+    tflops = gpu.fp16_tflops * gpu.mma_sync
+    return _together(gpu, constants, memory_us, busiest * _step_clocks(counts), operations, tflops)
+
+
+def _together(
+    gpu: GPU, constants: Constants, memory_us: float, clocks: float, operations: float, tflops: float
+) -> Projection:
+    """Of the clocks and operations of the busiest SM, on a GPU with this tensor rate."""
+    issue_us = clocks / (gpu.clock_ghz * constants.issue) / 1e3
+    tensor_us = operations / (tflops / gpu.sms) / 1e6
     return Projection(constants.latency_us + max(memory_us, issue_us, tensor_us), memory_us, issue_us, tensor_us)
+
+
+def _step_clocks(counts: Counts) -> float:
+    """Of a block alone on an SM."""
+    return max(counts.loop, 2 * counts.alu, 2 * counts.fma) / counts.steps * counts.warps / SCHEDULERS
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -124,13 +176,17 @@ def _bytes(kind: str, p: Product) -> float:
     return weight + activations + 2 * p.m * p.n
 
 
-def fit(measured: Sequence[tuple[Counts, GPU, Product, float]]) -> Constants:
-    """The constants that project these times, in us, best."""
-    best, least = ASSUMED, math.inf
-    unit = [(project(c, gpu, p, Constants(issue=1.0, latency_us=0.0)), us) for c, gpu, p, us in measured]
+def fit(measured: Sequence[tuple[Projection, float]]) -> Constants:
+    """The constants that project these times, in us, best.
+
+    Args:
+        measured: projections with ``ALONE``, and the times.
+    """
+    best, least = ALONE, math.inf
     for issue, latency in itertools.product(_ISSUE, _LATENCY):
         error = sum(
-            math.log((latency + max(one.memory_us, one.issue_us / issue, one.tensor_us)) / us) ** 2 for one, us in unit
+            math.log((latency + max(one.memory_us, one.issue_us / issue, one.tensor_us)) / us) ** 2
+            for one, us in measured
         )
         if error < least:
             best, least = Constants(issue, latency), error
