@@ -38,7 +38,7 @@ def test_every_build(monkeypatch):
     products, decodes = ([c for c in found if c.kernel == name] for name in ("nvfp4_matmul", "paged_decode_kernel"))
     assert [(c.kind, c.config) for c in products] == CONFIGURATIONS
     assert {c.config for c in decodes if c.kind.startswith("fp8")} == set(itertools.chain(*DECODE.values()))
-    assert len(decodes) == 3 * len(DECODE) * len(HEAD_SIZES)
+    assert len(decodes) == 4 * len(DECODE) * len(HEAD_SIZES)
     others = ["nvfp4_expand"] * 3 + ["fp8_tokens"] * 12 + ["write_kv_kernel"] * 9
     assert [c.kernel for c in found if c.config is None] == others
     wrong = []
@@ -49,6 +49,7 @@ def test_every_build(monkeypatch):
         sane = 1.5 <= c.instr_per_weight <= most or c.kernel in ("fp8_tokens", "write_kv_kernel")
         sane &= c.loop == c.alu + c.fma + c.tensor + c.memory + c.other
         mma = (DECODE_MMA[c.kind.split()[0]] if c in decodes else MMA[c.kind]) if c.config else ""
+        mma += ", QMMA.16832.F32.E4M3.E4M3" * c.kind.endswith(build.FP8_QUERIES)
         # Of a decode step as many blocks are launched as are to be resident.
         blocks = c.config.programs if c in decodes else 1
         wrong += [
@@ -290,14 +291,16 @@ def test_sm89_ptx_of_the_expansion_and_the_quantizer(kind):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("cache", "options"), [(E4M3, False), (E4M3, True), (torch.bfloat16, False)])
+@pytest.mark.parametrize(
+    ("cache", "what"), [(E4M3, ""), (E4M3, build.ALL_OPTIONS), (E4M3, build.FP8_QUERIES), (torch.bfloat16, "")]
+)
 @pytest.mark.parametrize("head_size", [64, 128, 256])
 @pytest.mark.parametrize("queries", [1, 8])
-def test_sm89_ptx_of_decode_attention(queries, head_size, cache, options):
+def test_sm89_ptx_of_decode_attention(queries, head_size, cache, what):
     given = step([0, 8, 300, 2000], q_heads=8, d=head_size, queries=queries, cache=cache)[:5]
     given = [x.to(DEVICE) for x in given]
-    chosen = {"scale": head_size**-0.5}
-    if options:
+    chosen = {"scale": head_size**-0.5, "fp8_queries": what == build.FP8_QUERIES}
+    if what == build.ALL_OPTIONS:
         generator = torch.Generator(DEVICE).manual_seed(0)
         sinks, slopes = torch.rand(2, 8, generator=generator, device=DEVICE)
         k_scale, v_scale = torch.rand(2, *given[1].shape[:3], generator=generator, device=DEVICE) + 0.5

@@ -173,9 +173,9 @@ def builds() -> list[Named]:
         found.append(_named(quantize.quantize_tokens, f"silu_and_mul {k}", {"x": gated, "gated": True}))
     for head_size, queries in itertools.product(HEAD_SIZES, (1, 8)):
         shape = Shape(4, queries, 8, 2, head_size, 100, 16)
-        for cache, options in (("fp8", False), ("fp8", True), ("bf16", False)):
-            given = attention(shape, cache, options=options)
-            found.append(_named(decode.launch, attention_kind(shape, cache, options=options), given))
+        for cache, what in (("fp8", ""), ("fp8", ALL_OPTIONS), ("fp8", FP8_QUERIES), ("bf16", "")):
+            given = attention(shape, cache, what)
+            found.append(_named(decode.launch, attention_kind(shape, cache, what), given))
     for head_size, kind in itertools.product((64, 128, 256), ("fp8", "fp8 token scales", "bf16")):
         found.append(_named(write_kv.launch, f"{kind} {head_size}", _written(head_size, kind)))
     return found
@@ -220,16 +220,19 @@ def product(kind: str, config: matmul.Config, k: int | None = None) -> dict[str,
     }
 
 
-def attention_kind(shape: Shape, cache: str, *, options: bool = False) -> str:
+ALL_OPTIONS, FP8_QUERIES = "all options", "FP8 queries"
+
+
+def attention_kind(shape: Shape, cache: str, what: str = "") -> str:
     """``"fp8 16x128"``: the cache, rows of a tile and columns of a head; ``"fp8 16x128 all options"``."""
-    return f"{cache} {decode_choice.rows(shape)}x{shape.head_size}" + " all options" * options
+    return f"{cache} {decode_choice.rows(shape)}x{shape.head_size} {what}".rstrip()
 
 
-def attention(shape: Shape, cache: str, *, options: bool = False) -> dict[str, Any]:
+def attention(shape: Shape, cache: str, what: str = "") -> dict[str, Any]:
     """What the decode launcher takes, on ``meta`` tensors.
 
     Args:
-        options: all of them, with scales of each token and head in place of one number.
+        what: ``FP8_QUERIES``, or ``ALL_OPTIONS`` but for these, with scales of each token and head, not a number.
     """
     q, table = _meta(shape.batch, shape.queries, shape.q_heads, shape.head_size), (shape.batch, shape.blocks)
     stored, programs = _meta(*_cache(shape), dtype=DTYPES[cache]), 64
@@ -246,8 +249,9 @@ def attention(shape: Shape, cache: str, *, options: bool = False) -> dict[str, A
         "partial": _meta(decode_choice.workspace_floats(shape, programs), dtype=torch.float32),
         "arrivals": _meta(3 * programs, dtype=torch.int32),
         "scale": shape.head_size**-0.5,
+        "fp8_queries": what == FP8_QUERIES,
     }
-    if options:
+    if what == ALL_OPTIONS:
         of_head, of_token = _meta(shape.q_heads, dtype=torch.float32), _meta(*_cache(shape)[:3], dtype=torch.float32)
         given |= {"window": 100, "soft_cap": 30.0, "sinks": of_head, "alibi_slopes": of_head}
         given |= {"k_scale": of_token, "v_scale": of_token}

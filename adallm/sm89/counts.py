@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, fields
@@ -135,12 +136,13 @@ def _steps(named: Named, kernel: CompiledKernel, loop: list[str]) -> int:
     config = named.config
     if config is None:
         return 1
+    columns = sum(32 if ".16832." in name else 16 for name in sass.mma(loop))
     if isinstance(config, matmul.Config):
-        columns = sum(32 if ".16832." in name else 16 for name in sass.mma(loop))
         steps = 16 * 8 * columns * config.warps / (config.n * config.m * config.k * config.slices)
     else:
         # Warps may compute the same, so that sizes do not tell; PTX has one step.
-        steps = len(sass.mma(loop)) / kernel.asm["ptx"].count("mma.sync")
+        ptx = kernel.asm["ptx"]
+        steps = columns / (16 * ptx.count("mma.sync") + 16 * len(re.findall(r"mma\.sync\S*\.m16n8k32", ptx)))
     if steps < 1 or steps % 1:
         raise RuntimeError(f"the main loop has {steps} times the products of a step")
     return int(steps)
