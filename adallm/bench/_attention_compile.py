@@ -35,11 +35,13 @@ def _kernel(step: Step, impl: str) -> tuple[Hashable, ...] | None:
     """What a kernel is compiled for; None for one that is compiled already."""
     if impl == "flashinfer":
         return (step.head_size, step.window is None)
+    from adallm.kernels.decode_choice import most_sequences
+
     heads = (step.heads, step.block, step.window)
     if impl.startswith("vllm-triton"):
         # Its integers are specialized; small batches have another kernel.
         return (*heads, step.batch == 1, step.batch % 16 == 0, step.batch * step.kv_heads <= 128)
-    return (*heads, step.batch) if impl.startswith("adallm") else None
+    return (*heads, most_sequences(step.batch)) if impl.startswith("adallm") else None
 
 
 def compile_all(cases: Iterable[tuple[Step, Sequence[str]]]) -> int:

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adallm.kernels.decode_choice import Config, rows
+from adallm.kernels.decode_choice import Config, most_sequences, rows
 from adallm.kernels.dequant import to_e4m3, token_scale
 from adallm.paged import Scale, Shape, kind_of
 
@@ -530,7 +530,7 @@ def launch(
         N=config.n,
         ROWS=joined,
         PARTS=min(max(_NUMBERS * config.warps // (joined * columns), 1), _PARTS),
-        BATCH=triton.next_power_of_2(shape.batch),
+        BATCH=most_sequences(shape.batch),
         EIGHT=k_cache.itemsize == 1,
         SCALES=kind_of(k_scale),
         CAP=soft_cap > 0,
@@ -539,6 +539,6 @@ def launch(
         FAST=q.device.type != "cpu",
         num_warps=config.warps,
         num_stages=config.stages,
-        # Left alone the compiler may aim at more blocks than fit the shared memory, and spill for it.
-        maxnreg=255 if m == 32 or pair == 1 else None,
+        # Left alone the compiler aims at more blocks than are launched, and spills for it.
+        maxnreg=255,
     )

@@ -73,6 +73,14 @@ def rows(shape: Shape) -> int:
     return 16 if _rows(shape) <= 16 else 32
 
 
+def most_sequences(batch: int) -> int:
+    """That the kernel for a batch takes: 1, 16, 64, 256 and so on, so that few kernels serve any batch."""
+    size = 1 if batch <= 1 else 16
+    while size < batch:
+        size *= 4
+    return size
+
+
 def tiles(shape: Shape) -> int:
     """Tiles of a sequence."""
     return shape.kv_heads * triton.cdiv(_rows(shape), rows(shape))

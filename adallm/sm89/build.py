@@ -7,6 +7,7 @@ tensors that takes no memory, so that there is no second list of signatures to k
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator
@@ -173,9 +174,14 @@ def builds() -> list[Named]:
         found.append(_named(quantize.quantize_tokens, f"silu_and_mul {k}", {"x": gated, "gated": True}))
     for head_size, queries in itertools.product(HEAD_SIZES, (1, 8)):
         shape = Shape(4, queries, 8, 2, head_size, 100, 16)
-        for cache, what in (("fp8", ""), ("fp8", ALL_OPTIONS), ("fp8", FP8_QUERIES), ("bf16", "")):
-            given = attention(shape, cache, what)
-            found.append(_named(decode.launch, attention_kind(shape, cache, what), given))
+        one = dataclasses.replace(shape, batch=1)
+        for of, cache, what in (
+            *((shape, "fp8", what) for what in ("", ALL_OPTIONS, FP8_QUERIES)),
+            (one, "fp8", ""),
+            (shape, "bf16", ""),
+        ):
+            given = attention(of, cache, what)
+            found.append(_named(decode.launch, attention_kind(of, cache, what), given))
     for head_size, kind in itertools.product((64, 128, 256), ("fp8", "fp8 token scales", "bf16")):
         found.append(_named(write_kv.launch, f"{kind} {head_size}", _written(head_size, kind)))
     return found
@@ -220,11 +226,14 @@ def product(kind: str, config: matmul.Config, k: int | None = None) -> dict[str,
     }
 
 
-ALL_OPTIONS, FP8_QUERIES = "all options", "FP8 queries"
+ALL_OPTIONS, FP8_QUERIES, ONE_SEQUENCE = "all options", "FP8 queries", "one sequence"
 
 
 def attention_kind(shape: Shape, cache: str, what: str = "") -> str:
-    """``"fp8 16x128"``: the cache, rows of a tile and columns of a head; ``"fp8 16x128 all options"``."""
+    """``"fp8 16x128"``: the cache, rows of a tile and columns of a head; ``"fp8 16x128 all options"``. For a single
+    sequence there is another kernel.
+    """
+    what = f"{what} {ONE_SEQUENCE if shape.batch == 1 else ''}".strip()
     return f"{cache} {decode_choice.rows(shape)}x{shape.head_size} {what}".rstrip()
 
 
