@@ -95,7 +95,9 @@ def load(directory: Path, form: Format, *, scale_rule: str = "max", device: str 
     """
     stored: dict[str, Tensor | NVFP4Tensor] = {}
     if checkpoint.quantization_of(directory) is None:
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", use_safetensors=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype="auto", use_safetensors=True, trust_remote_code=False
+        )
         if form.weights == "nvfp4":
             with tempfile.TemporaryDirectory(prefix="adallm-") as scratch:
                 checkpoint.convert(directory, Path(scratch) / "nvfp4", scale_rule=scale_rule)
@@ -109,7 +111,7 @@ def load(directory: Path, form: Format, *, scale_rule: str = "max", device: str 
                 + ", ".join(name for name, f in FORMATS.items() if f.weights == "nvfp4")
             )
         stored = checkpoint.load(directory)
-        config = AutoConfig.from_pretrained(directory)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         # Absent where only hf_quant_config.json declares it.
         if hasattr(config, "quantization_config"):
             del config.quantization_config

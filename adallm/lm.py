@@ -55,7 +55,7 @@ class _HF(_KeepsWindows, HFLM):
 
 def max_length(directory: Path) -> int:
     """Tokens in a window."""
-    config = AutoConfig.from_pretrained(directory).get_text_config()
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False).get_text_config()
     return min(getattr(config, "max_position_embeddings", None) or MAX_LENGTH, MAX_LENGTH)
 
 
@@ -64,7 +64,7 @@ def hf(directory: Path, form: Format, *, scale_rule: str, progress: bool) -> HFL
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lm = _HF(
         pretrained=hf_model.load(directory, form, scale_rule=scale_rule, device=device),
-        tokenizer=AutoTokenizer.from_pretrained(directory),
+        tokenizer=AutoTokenizer.from_pretrained(directory, trust_remote_code=False),
         batch_size=1 if device == "cpu" else 4,
         max_length=max_length(directory),
         softmax_dtype="float32",

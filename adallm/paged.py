@@ -65,6 +65,11 @@ def check_decode(
     """
     if q.dim() not in (3, 4) or q.dtype not in DTYPES:
         raise ValueError(f"q is {q.dtype} {list(q.shape)}; supported: bfloat16, float16 [B, Hq, D] or [B, T, Hq, D]")
+    if q.stride(-1) != 1 or not _even(q):
+        raise ValueError(
+            f"q has strides {q.stride()} and offset {q.storage_offset()}; the last must be 1, "
+            "the others and the offset even"
+        )
     _check_caches(k_cache, v_cache)
     shape = Shape.of(q, k_cache)
     batch, queries, q_heads = shape.batch, shape.queries, shape.q_heads
@@ -132,9 +137,7 @@ def _check_caches(k_cache: Tensor, v_cache: Tensor) -> None:
             f"heads of {', '.join(map(str, HEAD_SIZES))}"
         )
     for cache in (k_cache, v_cache):
-        # Eight bits are read in pairs.
-        pairs = cache.itemsize == 2 or not (cache.storage_offset() % 2 or any(s % 2 for s in cache.stride()[:3]))
-        if cache.stride(3) != 1 or not pairs:
+        if cache.stride(3) != 1 or not (cache.itemsize == 2 or _even(cache)):
             raise ValueError(
                 f"a cache has strides {cache.stride()} and offset {cache.storage_offset()}; the last must be 1, "
                 "and with float8_e4m3fn the others and the offset even"
@@ -146,6 +149,11 @@ def kind_of(scale: Scale) -> str:
     if not isinstance(scale, Tensor):
         return "number"
     return "token" if scale.dim() else "tensor"
+
+
+def _even(x: Tensor) -> bool:
+    """Whether pairs along the last dimension, as which queries and E4M3 are read, are aligned."""
+    return not (x.storage_offset() % 2 or any(stride % 2 for stride in x.stride()[:-1]))
 
 
 def _check_strides(**arguments: Tensor | None) -> None:

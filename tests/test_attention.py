@@ -186,6 +186,9 @@ def test_strides_that_the_kernels_cannot_follow():
         paged_decode(q, k_cache, v_cache, table.repeat_interleave(2, 1)[:, ::2], lengths, scale=1.0)
     with pytest.raises(ValueError, match=r"sinks has strides \(2,\)"):
         paged_decode(q, k_cache, v_cache, table, lengths, scale=1.0, sinks=torch.zeros(8)[::2])
+    for wrong in (torch.zeros(1, 1, 4, 65), torch.zeros(1, 1, 4, 66)[..., 1:], torch.zeros(1, 1, 64, 4).mT):
+        with pytest.raises(ValueError, match=r"q has strides .* the last must be 1, the others and the offset even"):
+            paged_decode(wrong.bfloat16()[..., :64], k_cache, v_cache, table, lengths, scale=1.0)
     odd = torch.zeros(6, 16, 2, 65).to(E4M3)[..., :64]
     k = torch.zeros(1, 2, 64).bfloat16()
     with pytest.raises(ValueError, match=r"a cache has strides .* the others and the offset even"):

@@ -280,6 +280,19 @@ def test_the_corpus_without_held_out_text(monkeypatch):
     assert list(calibrate_module._documents(())) == ["validation", "train"]
 
 
+def test_the_command_has_the_defaults_of_the_function(monkeypatch, capsys):
+    given = {}
+    done = calibrate_module.Calibration(Path("dst"), 0, 0, ())
+    monkeypatch.setattr(calibrate_module, "calibrate", lambda *paths, **options: given.update(options) or done)
+    assert main(["calibrate", "model", "dst"]) == 0
+    assert (given["tokens"], given["method"], given["percentile"]) == (calibrate_module.TOKENS, "max", None)
+    with pytest.raises(SystemExit):
+        main(["calibrate", "--help"])
+    said = capsys.readouterr().out
+    assert f"{{{','.join(calibrate_module.METHODS)}}}" in said
+    assert f"(default: {calibrate_module.PERCENTILE})" in " ".join(said.split())
+
+
 def test_long_files_are_read_in_pieces(monkeypatch, tmp_path):
     (tmp_path / "a").write_text("abcdefgh", encoding="utf-8")
     (tmp_path / "b").write_text("ij", encoding="utf-8")

@@ -1,5 +1,6 @@
 """``kernels/decode.py`` against the reference: interpreted on a CPU, compiled on a GPU."""
 
+import itertools
 import random
 
 import pytest
@@ -8,8 +9,9 @@ from paged_step import E4M3, OPTIONS, caches, step
 
 from adallm.attention import paged_decode_reference, write_kv_reference
 from adallm.kernels import decode, decode_choice, write_kv
+from adallm.kernels.choice import GPU
 from adallm.kernels.decode_choice import Config
-from adallm.paged import check_decode
+from adallm.paged import HEAD_SIZES, Shape, check_decode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -139,6 +141,23 @@ def test_twenty_sequences_at_random(seed):
     )
     expected = paged_decode_reference(*given, scale=d**-0.5, **options)
     assert error(run(*given, groups=chosen.choice((1, 7, 40)), n=chosen.choice((16, 64)), **options), expected) <= 4e-3
+
+
+@pytest.mark.parametrize("family", ["sm_90", "sm_89", "sm_80"])
+@pytest.mark.parametrize(("q_heads", "kv_heads"), [(8, 8), (32, 8), (16, 1), (40, 40), (640, 40)])
+def test_a_workspace_serves_fewer_query_tokens(family, q_heads, kv_heads):
+    gpu = GPU(family, 132, "")
+    for head_size, itemsize in itertools.product(HEAD_SIZES, (1, 2)):
+        most, floats = 0, 0
+        for queries in range(1, 9):
+            shape = Shape(3, queries, q_heads, kv_heads, head_size, 10, 16)
+            programs = decode_choice.programs(shape, itemsize, gpu)
+            assert programs % decode_choice.tiles(shape) == 0
+            most = max(most, programs)
+            floats = max(floats, decode_choice.workspace_floats(shape, programs))
+            room = decode_choice.most_programs(shape, itemsize, gpu)
+            assert room >= most
+            assert decode_choice.workspace_floats(shape, room) >= floats
 
 
 def test_no_sequences():

@@ -1,6 +1,7 @@
 """``hf_model.py``: what each format changes in a model, and that it changes nothing else."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -117,6 +118,17 @@ def test_the_fp8_cache_rounds_keys_and_values_and_nothing_else():
     rounded = [fp8.to_e4m3(k / 0.5).float() * 0.5, fp8.to_e4m3(v).float()]
     expected = torch.nn.functional.scaled_dot_product_attention(q, *rounded, is_causal=True, scale=0.25)
     assert torch.allclose(out, expected.transpose(1, 2), atol=1e-6)
+
+
+def test_no_program_of_a_directory_runs(directory, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody is asked whether to run it"))
+    shutil.copytree(directory, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config |= {"model_type": "unheard-of", "auto_map": {"AutoConfig": "program.C", "AutoModelForCausalLM": "program.M"}}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model" / "program.py").write_text("raise SystemExit('ran')")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        hf_model.load(tmp_path / "model", FORMATS["bf16"])
 
 
 def test_a_stored_model_refuses_other_weights(directory, tmp_path):

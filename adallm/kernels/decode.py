@@ -23,12 +23,12 @@ import triton.language as tl
 from torch import Tensor
 
 from adallm.kernels.decode_choice import Config, most_sequences, rows
-from adallm.kernels.decode_join import join, out_scale
+from adallm.kernels.decode_join import LOG2E, TEAM, join, out_scale
 from adallm.kernels.dequant import to_e4m3, token_scale
 from adallm.paged import Scale, Shape, kind_of
 
-# Parts that are loaded at a time: at most, and for each warp at most numbers.
-_PARTS, _NUMBERS = 8, 2048
+# Numbers of parts that a warp loads at a time.
+_NUMBERS = 2048
 # Two pairs of E4M3 -> the first of both in FP16, and the second of both.
 _ASM_PAIRS = tl.constexpr(
     "{ .reg .b32 p; .reg .b16 a, b; prmt.b32 p, $2, 0, 0x3120; mov.b32 {a, b}, p;\n"
@@ -132,7 +132,6 @@ def paged_decode_kernel(
     tiles = heads * ((T * G + M - 1) // M)
     group, of_tile = pid // tiles, pid % tiles
     h = of_tile % heads
-    LOG2E: tl.constexpr = 1.4426950408889634
     i = tl.arange(0, BATCH)
     length = tl.load(lengths + i, mask=i < batch, other=0)
     row = tl.arange(0, M)
@@ -381,7 +380,7 @@ def launch(
         BLOCK=shape.block_size,
         N=config.n,
         ROWS=joined,
-        PARTS=min(max(_NUMBERS * config.warps // (joined * columns), 1), _PARTS),
+        PARTS=min(max(_NUMBERS * config.warps // (joined * columns), 1), TEAM.value),
         BATCH=most_sequences(shape.batch),
         EIGHT=k_cache.itemsize == 1,
         SCALES=kind_of(k_scale),

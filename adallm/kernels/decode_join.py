@@ -10,6 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+LOG2E = tl.constexpr(1.4426950408889634)
+# Parts that one program joins, or less for the last; more are joined in two levels.
+TEAM = tl.constexpr(8)
+
 
 @triton.jit
 def _merged(m, total, m_2, total_2):
@@ -107,9 +111,8 @@ def join(
     PARTS: tl.constexpr,
 ):
     """Join the parts of a tile, which groups ``lowest`` to ``last`` have left, and write the result: the last group of
-    every ``TEAM`` joins their parts, and the last of all what those have joined.
+    every team joins their parts, and the last of all what those have joined.
     """
-    TEAM: tl.constexpr = PARTS if PARTS > 8 else 8
     size: tl.constexpr = M * (DP + 3)
     programs = tl.num_programs(0)
     team = (group - lowest) // TEAM
@@ -152,7 +155,7 @@ def join(
             token, of_head = of_row // G, of_tile % heads * G + of_row % G
             sink = None
             if sinks is not None:
-                sink = tl.load(sinks + of_head, mask=in_row, other=0.0) * 1.4426950408889634
+                sink = tl.load(sinks + of_head, mask=in_row, other=0.0) * LOG2E
             acc *= out_scale(m, total, top, sink, v_scale, SCALES)[:, None]
             if EIGHT:
                 column = column % (DP // 2) * 2 + column // (DP // 2)
