@@ -149,8 +149,8 @@ def test_a_workspace_serves_fewer_query_tokens(family, q_heads, kv_heads):
     gpu = GPU(family, 132, "")
     for head_size, itemsize in itertools.product(HEAD_SIZES, (1, 2)):
         most, floats = 0, 0
-        for queries in range(1, 9):
-            shape = Shape(3, queries, q_heads, kv_heads, head_size, 10, 16)
+        for queries, batch in itertools.product(range(1, 9), (1, 3)):
+            shape = Shape(batch, queries, q_heads, kv_heads, head_size, 10, 16)
             programs = decode_choice.programs(shape, itemsize, gpu)
             assert programs % decode_choice.tiles(shape) == 0
             most = max(most, programs)

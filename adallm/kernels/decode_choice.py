@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import triton
 
@@ -30,17 +31,21 @@ class Config:
     parts: int
 
 
-# By rows of a tile: heads of up to 128 columns, and of up to 256, both in E4M3; 16 bits take half the tokens. Those of
-# 16 rows for "sm_90" were chosen by times on an H100 of which there is no record. The others were not timed; those for
-# "sm_89", which serves "sm_80" too, compile without spills into 99 KB of shared memory.
+# By rows of a tile: heads of up to 128 columns, and of up to 256, each for one sequence and for several, all in E4M3;
+# 16 bits take half the tokens. Those of 16 rows for "sm_90" were chosen by times on an H100 of which there is no
+# record. The others were not timed; those for "sm_89", which serves "sm_80" too, compile without spills into 99 KB of
+# shared memory.
 TABLES = {
     "sm_90": {
-        16: (Config(128, 4, 5, 2, 16), Config(64, 8, 5, 1, 128)),
-        32: (Config(32, 4, 5, 2, 16), Config(32, 8, 5, 1, 128)),
+        16: (
+            (Config(64, 4, 5, 2, 8), Config(128, 4, 5, 2, 16)),
+            (Config(64, 8, 5, 1, 128), Config(32, 4, 5, 2, 128)),
+        ),
+        32: ((Config(32, 4, 5, 2, 16),) * 2, (Config(32, 8, 5, 1, 128),) * 2),
     },
     "sm_89": {
-        16: (Config(64, 4, 5, 2, 16), Config(64, 8, 5, 1, 128)),
-        32: (Config(32, 4, 5, 2, 16), Config(32, 8, 5, 1, 128)),
+        16: ((Config(64, 4, 5, 2, 16),) * 2, (Config(64, 8, 5, 1, 128),) * 2),
+        32: ((Config(32, 4, 5, 2, 16),) * 2, (Config(32, 8, 5, 1, 128),) * 2),
     },
 }
 
@@ -52,19 +57,20 @@ def choose(shape: Shape, itemsize: int, family: str) -> Config:
         itemsize: bytes of an element of the cache.
         family: of ``choice.GPU``.
     """
-    config = TABLES.get(family, TABLES["sm_89"])[rows(shape)][shape.head_size > 128]
+    config = TABLES.get(family, TABLES["sm_89"])[rows(shape)][shape.head_size > 128][shape.batch > 1]
     return dataclasses.replace(config, n=config.n // itemsize)
 
 
 def programs(shape: Shape, itemsize: int, gpu: GPU) -> int:
     """Blocks of a launch: groups of one for each tile of a sequence."""
     of_group = tiles(shape)
-    return max(most_programs(shape, itemsize, gpu) // of_group, 1) * of_group
+    return max(choose(shape, itemsize, gpu.family).programs * gpu.sms // of_group, 1) * of_group
 
 
 def most_programs(shape: Shape, itemsize: int, gpu: GPU) -> int:
-    """Of a launch with as many query tokens or fewer."""
-    return max(choose(shape, itemsize, gpu.family).programs * gpu.sms, tiles(shape))
+    """Of a launch with as many query tokens or fewer, and any number of sequences."""
+    sizes = itertools.product((1, 2), range(1, shape.queries + 1))
+    return max(programs(dataclasses.replace(shape, batch=b, queries=t), itemsize, gpu) for b, t in sizes)
 
 
 def rows(shape: Shape) -> int:
