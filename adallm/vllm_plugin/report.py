@@ -1,0 +1,66 @@
+"""One table at start-up: for each kind of layer, which kernel runs it and why."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from typing import Any
+
+from vllm.config import VllmConfig
+
+from adallm import text
+
+logger = logging.getLogger("vllm.adallm")
+
+_HEADER = ("layers", "kind", "runs on", "because")
+
+
+class Report:
+    """Collects while the model is built, and is logged once, when the last of our layers is ready."""
+
+    def __init__(self, config: VllmConfig | None) -> None:
+        self._config = config
+        self._rows: Counter[tuple[str, str, str]] = Counter()
+        self._left = 0
+
+    def add(self, kind: str, kernel: str, reason: str, *, ours: bool = False) -> None:
+        """A layer.
+
+        Args:
+            ours: whether ``processed`` will be called for it.
+        """
+        self._rows[kind, kernel, reason] += 1
+        self._left += ours
+
+    def moved(self, old: tuple[str, str, str], new: tuple[str, str, str]) -> None:
+        """A layer that one of ours was to run goes to vLLM's."""
+        self._rows[old] -= 1
+        self._rows[new] += 1
+        self._left -= 1
+
+    def processed(self) -> None:
+        """One of our layers has its weights in place."""
+        self._left -= 1
+        if not self._left:
+            self._log()
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """As they are logged, attention included."""
+        attention: Counter[tuple[str, str, str]] = Counter()
+        context = self._config.compilation_config.static_forward_context if self._config is not None else {}
+        for layer in context.values():
+            backend = getattr(layer, "attn_backend", None)
+            if backend is not None:
+                attention["attention", *_attention(layer, backend)] += 1
+        both = [*self._rows.items(), *attention.items()]
+        return [(str(count), *row) for row, count in both if count]
+
+    def _log(self) -> None:
+        if self._config is not None and self._config.parallel_config.rank:
+            return
+        logger.info("adallm:\n%s", text.table(_HEADER, self.rows(), align="rlll"))
+
+
+def _attention(layer: Any, backend: Any) -> tuple[str, str]:
+    cache = getattr(layer, "kv_cache_dtype", "auto")
+    return f"vLLM {backend.get_name()}", f"KV cache {cache}"

@@ -1,0 +1,77 @@
+"""What a user can choose: from the environment, or for one engine from ``--additional-config``, which comes first."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+ACTIVATIONS = ("auto", "bf16", "fp8")
+LM_HEADS = ("checkpoint", "nvfp4")
+_BOOLEANS = {"1": True, "true": True, "0": False, "false": False, "": False}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Choices.
+
+    Attributes:
+        activations: ``"bf16"`` (W4A16), ``"fp8"`` (W4A8) or ``"auto"``.
+        lm_head: ``"nvfp4"`` to quantize an ``lm_head`` that the checkpoint has in 16 bits.
+        allow_fallback: whether layers that our kernels do not run may go to vLLM's.
+    """
+
+    activations: str = "auto"
+    lm_head: str = "checkpoint"
+    allow_fallback: bool = False
+
+    @classmethod
+    def read(cls, additional_config: Any = None, environment: Mapping[str, str] = os.environ) -> Settings:
+        """The choices of this process.
+
+        Args:
+            additional_config: of vLLM; only its entry ``"adallm"`` is looked at.
+
+        Raises:
+            ValueError: a name or a value that there is not; it lists those that there are.
+        """
+        given = additional_config.get("adallm", {}) if isinstance(additional_config, Mapping) else {}
+        if not isinstance(given, Mapping):
+            raise ValueError(f"additional_config['adallm'] is {given!r}; it must be a dictionary")
+        unknown = sorted(set(given) - set(cls.__dataclass_fields__))
+        if unknown:
+            raise ValueError(
+                f"additional_config['adallm'] has {unknown}; supported: {', '.join(cls.__dataclass_fields__)}"
+            )
+
+        def choice(name: str, supported: tuple[str, ...]) -> str:
+            variable = f"ADALLM_{name.upper()}"
+            where, value = (f"adallm.{name}", given[name]) if name in given else (variable, environment.get(variable))
+            if value in (None, ""):
+                return supported[0]
+            if value not in supported:
+                raise ValueError(f"{where} is {value!r}; supported: {', '.join(supported)}")
+            return value
+
+        fallback = given.get("allow_fallback", environment.get("ADALLM_ALLOW_FALLBACK", ""))
+        if not isinstance(fallback, bool):
+            if str(fallback).lower() not in _BOOLEANS:
+                raise ValueError(f"ADALLM_ALLOW_FALLBACK is {fallback!r}; supported: 0, 1")
+            fallback = _BOOLEANS[str(fallback).lower()]
+        return cls(choice("activations", ACTIVATIONS), choice("lm_head", LM_HEADS), fallback)
+
+    def kind(self, capability: tuple[int, int] | None) -> str:
+        """``"bf16"`` or ``"fp8"`` for a GPU of this capability, or None for a CPU.
+
+        Raises:
+            ValueError: FP8 activations where there are no FP8 cores.
+        """
+        if self.activations == "fp8" and capability is not None and capability < (8, 9):
+            raise ValueError(
+                f"ADALLM_ACTIVATIONS is fp8, and this GPU is sm_{capability[0]}{capability[1]}; it has no FP8 cores, "
+                "which came with sm_89. Supported here: bf16, auto"
+            )
+        if self.activations != "auto":
+            return self.activations
+        return "fp8" if capability is not None and capability >= (8, 9) else "bf16"

@@ -1,0 +1,453 @@
+"""The plugin inside vLLM itself, on a CPU: what is taken over, loaded, computed and refused."""
+
+import importlib.metadata
+import json
+import shutil
+import types
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from adallm import checkpoint, evaluate, nvfp4, vllm_plugin
+from adallm.nvfp4 import NVFP4Tensor
+from adallm.vllm_plugin.settings import Settings
+
+vllm = pytest.importorskip("vllm", reason="needs vLLM")
+pytestmark = [pytest.mark.vllm]
+
+MODEL = evaluate.BUNDLED_MODEL
+LAYOUTS = ("modelopt", "compressed-tensors")
+PROMPTS = ("def __init__(self", "import os\nimport sys\n", "class TestCase(unittest.TestCase):\n    def")
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("needs vLLM's CPU build")
+    for name, value in {
+        "ENABLE_V1_MULTIPROCESSING": "0", "CPU_OMP_THREADS_BIND": "nobind", "CPU_KVCACHE_SPACE": "1",
+        "LOGGING_LEVEL": "INFO",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(f"VLLM_{name}", value)
+
+
+def engine(path, **options):
+    options = {"max_model_len": 128, "seed": 0, **options}
+    return vllm.LLM(str(path), enforce_eager=True, distributed_executor_backend="uni", **options)
+
+
+def model_of(llm):
+    return llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
+
+
+def generated(llm):
+    options = vllm.SamplingParams(temperature=0, max_tokens=24, logprobs=0, prompt_logprobs=0)
+    found = []
+    for output in llm.generate(list(PROMPTS), options, use_tqdm=False):
+        of_prompt = [
+            step[token].logprob
+            for step, token in zip(output.prompt_logprobs[1:], output.prompt_token_ids[1:], strict=True)
+        ]
+        (best,) = output.outputs
+        of_new = [step[token].logprob for step, token in zip(best.logprobs, best.token_ids, strict=True)]
+        found.append((list(best.token_ids), torch.tensor([*of_prompt, *of_new])))
+    return found
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory):
+    """The bundled model in both layouts, each shard with a global scale of its own, a power of two: so that BF16 holds
+    the dequantized weights exactly.
+    """
+    root = tmp_path_factory.mktemp("quantized")
+    for layout in LAYOUTS:
+        checkpoint.convert(MODEL, root / layout, layout=layout, share_scales=False, progress=False)
+        for file in (root / layout).glob("*.safetensors"):
+            tensors = load_file(file)
+            for name, value in tensors.items():
+                if name.endswith(("weight_scale_2", "weight_global_scale")):
+                    tensors[name] = torch.exp2(value.log2().round())
+            save_file(tensors, file, {"format": "pt"})
+    return root
+
+
+@pytest.fixture(scope="module")
+def dense(quantized, tmp_path_factory):
+    """BF16 models of the dequantized weights, one for each layout: their scales are not the same."""
+    root = tmp_path_factory.mktemp("dense")
+    for layout in LAYOUTS:
+        tensors = {}
+        for name, value in checkpoint.load(quantized / layout).items():
+            if isinstance(value, NVFP4Tensor):
+                value = nvfp4.dequantize(value)
+                assert torch.equal(value, value.bfloat16().float())
+            tensors[name] = value.bfloat16()
+        shutil.copytree(MODEL, root / layout, ignore=shutil.ignore_patterns("*.safetensors*"))
+        save_file(tensors, root / layout / "model.safetensors", {"format": "pt"})
+    return root
+
+
+def test_vllm_finds_it():
+    (entry,) = (e for e in importlib.metadata.entry_points(group="vllm.general_plugins") if e.name == "adallm")
+    assert entry.load() is vllm_plugin.register
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_as_a_dense_model_of_the_same_weights(quantized, dense, layout, caplog):
+    expected = generated(engine(dense / layout))
+    llm = engine(quantized / layout)
+    assert llm.llm_engine.vllm_config.model_config.quantization == "adallm"
+    for (ids, logprobs), (dense_ids, dense_logprobs) in zip(generated(llm), expected, strict=True):
+        assert ids == dense_ids
+        # One unit of BF16 in logits of about 8.
+        assert (logprobs - dense_logprobs).abs().max() <= 2**-4
+
+    # Fused shards keep their scales: what is held is what the checkpoint has, bit for bit.
+    held = dict(model_of(llm).named_modules())
+    shards = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+    tensors = checkpoint.load(quantized / layout)
+    fused = 0
+    for name, module in held.items():
+        if not hasattr(module, "nvfp4"):
+            continue
+        parent, _, last = name.rpartition(".")
+        parts = [tensors[f"{parent}.{shard}.weight"] for shard in shards.get(last, (last,))]
+        assert torch.equal(nvfp4.dequantize(module.nvfp4.weight), torch.cat([nvfp4.dequantize(p) for p in parts]))
+        assert not {"weight", "weight_packed", "weight_scale", "input_scale"} & dict(module.named_parameters()).keys()
+        fused += module.nvfp4.global_scale.dim()
+    assert fused
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "modelopt"),
+        ({"quant_method": "modelopt_fp4", "quantization": {"quant_algo": "nvfp4"}}, "modelopt"),
+        ({"quant_method": "modelopt", "quant_algo": "W4A16_NVFP4"}, "modelopt"),
+        ({"quant_method": "modelopt", "quant_algo": "FP8"}, None),
+        ({"quant_method": "modelopt", "quant_algo": "MXFP8"}, None),
+        (
+            {
+                "quant_method": "modelopt",
+                "quant_algo": "MIXED_PRECISION",
+                "quantized_layers": {"a": {"quant_algo": "FP8"}, "b": {"quant_algo": "NVFP4", "group_size": 16}},
+            },
+            "mixed",
+        ),
+        (
+            {
+                "quant_method": "modelopt",
+                "quant_algo": "MIXED_PRECISION",
+                "quantized_layers": {"a": {"quant_algo": "FP8"}},
+            },
+            None,
+        ),
+        ({"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}, None),
+        ({"quant_method": "fp8"}, None),
+        ({"quant_method": "compressed-tensors", "config_groups": {}}, None),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {
+                    "g": {"weights": {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}}
+                },
+            },
+            "compressed-tensors",
+        ),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {
+                    "g": {"weights": {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32}}
+                },
+            },
+            None,
+        ),
+        ({}, None),
+    ],
+)
+def test_which_checkpoints_are_taken_over(config, kind):
+    from adallm.vllm_plugin.config import NVFP4Config, kind_of
+
+    assert kind_of(config) == kind
+    for named in (None, "adallm", "modelopt_fp4"):
+        assert NVFP4Config.override_quantization_method(config, named) == (kind and "adallm")
+    assert NVFP4Config.override_quantization_method(config, "humming") is None
+
+
+def test_registered_twice_and_disabled(monkeypatch):
+    from vllm.model_executor.layers import quantization
+
+    vllm_plugin.register()
+    vllm_plugin.register()
+    assert quantization.QUANTIZATION_METHODS.count("adallm") == 1
+    monkeypatch.setattr(quantization, "QUANTIZATION_METHODS", [])
+    monkeypatch.setattr("adallm.vllm_plugin.config.QUANTIZATION_METHODS", quantization.QUANTIZATION_METHODS)
+    monkeypatch.setenv("ADALLM_DISABLE", "1")
+    vllm_plugin.register()
+    assert quantization.QUANTIZATION_METHODS == []
+
+
+@pytest.mark.parametrize(
+    ("capability", "reason"),
+    [((7, 5), "sm_80"), ((8, 0), None), ((8, 9), None), ((9, 0), None), ((10, 0), "FP4 cores"), ((12, 0), "FP4 cores")],
+)
+def test_on_which_gpus(monkeypatch, capability, reason):
+    from adallm.vllm_plugin import compat
+
+    found = types.SimpleNamespace(major=capability[0], minor=capability[1])
+    platform = types.SimpleNamespace(
+        is_cpu=lambda: False, is_cuda=lambda: True, get_device_capability=lambda: found, device_name="cuda"
+    )
+    monkeypatch.setattr("vllm.platforms.current_platform", platform)
+    assert compat.capability() == capability
+    said = compat.unsuitable()
+    assert said is None if reason is None else reason in said
+
+
+def test_settings():
+    assert Settings.read(None, {}) == Settings("auto", "checkpoint", False)
+    environment = {"ADALLM_ACTIVATIONS": "fp8", "ADALLM_ALLOW_FALLBACK": "1", "ADALLM_LM_HEAD": "nvfp4"}
+    assert Settings.read(None, environment) == Settings("fp8", "nvfp4", True)
+    assert Settings.read({"adallm": {"activations": "bf16", "allow_fallback": False}}, environment) == Settings(
+        "bf16", "nvfp4", False
+    )
+    for additional, environment, said in (
+        (None, {"ADALLM_ACTIVATIONS": "int8"}, "ADALLM_ACTIVATIONS is 'int8'; supported: auto, bf16, fp8"),
+        ({"adallm": {"activations": "fp4"}}, {}, "adallm.activations is 'fp4'"),
+        ({"adallm": {"activation": "fp8"}}, {}, r"\['activation'\]; supported: activations, lm_head, allow_fallback"),
+        ({"adallm": "fp8"}, {}, "must be a dictionary"),
+        (None, {"ADALLM_ALLOW_FALLBACK": "yes"}, "ADALLM_ALLOW_FALLBACK is 'yes'"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            Settings.read(additional, environment)
+    assert [Settings(a).kind(c) for a in ("auto", "bf16") for c in (None, (8, 6), (8, 9))] == [
+        "bf16", "bf16", "fp8", "bf16", "bf16", "bf16",
+    ]  # fmt: skip
+    assert Settings("fp8").kind((9, 0)) == Settings("fp8").kind(None) == "fp8"
+    with pytest.raises(ValueError, match="sm_86; it has no FP8 cores"):
+        Settings("fp8").kind((8, 6))
+
+
+def damaged(source, target, damage):
+    """A copy of a checkpoint whose tensors ``damage`` has changed in place."""
+    shutil.copytree(source, target)
+    for file in target.glob("*.safetensors"):
+        tensors = load_file(file)
+        damage(tensors)
+        save_file(tensors, file, {"format": "pt"})
+    index = target / "model.safetensors.index.json"
+    if index.exists():
+        content = json.loads(index.read_text())
+        there = {name for file in target.glob("*.safetensors") for name in load_file(file)}
+        content["weight_map"] = {name: file for name, file in content["weight_map"].items() if name in there}
+        index.write_text(json.dumps(content))
+    return target
+
+
+K = "model.layers.2.self_attn.k_proj"
+DOWN = "model.layers.1.mlp.down_proj"
+
+
+def _drop(name):
+    return lambda tensors: tensors.pop(name, None)
+
+
+def _change(name, change):
+    def damage(tensors):
+        if name in tensors:
+            tensors[name] = change(tensors[name])
+
+    return damage
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "damage", "said"),
+    [
+        ("modelopt", _drop(f"{K}.weight_scale"), f"the checkpoint has no {K}.weight_scale$"),
+        ("modelopt", _drop(f"{DOWN}.weight_scale_2"), f"the checkpoint has no {DOWN}.weight_scale_2$"),
+        ("compressed-tensors", _drop(f"{K}.weight_packed"), f"the checkpoint has no {K}.weight_packed$"),
+        (
+            "modelopt",
+            _change(f"{K}.weight", lambda x: torch.cat((x, x))),
+            rf"{K}.weight is torch.uint8 \[256, 192\]; this layer needs torch.uint8 \[128, 192\]",
+        ),
+        (
+            "modelopt",
+            _change(f"{DOWN}.weight_scale", lambda x: x[:, :-1].contiguous()),
+            rf"{DOWN}.weight_scale is torch.float8_e4m3fn \[384, 47\]; this layer needs .* \[384, 48\]",
+        ),
+        (
+            "compressed-tensors",
+            _change(f"{DOWN}.weight_scale", lambda x: x.float()),
+            rf"{DOWN}.weight_scale is torch.float32 \[384, 48\]; this layer needs torch.float8_e4m3fn \[384, 48\]",
+        ),
+        (
+            "modelopt",
+            _change(f"{K}.weight_scale_2", lambda x: x * float("nan")),
+            f"{K}.weight_scale_2 is nan; it must be finite and positive",
+        ),
+        (
+            "compressed-tensors",
+            _change(f"{K}.weight_scale", lambda x: (-x.float()).to(x.dtype)),
+            f"{K}.weight_scale has a block scale that is negative or NaN",
+        ),
+    ],
+)
+def test_bad_checkpoints(quantized, tmp_path, layout, damage, said):
+    with pytest.raises(ValueError, match=said):
+        engine(damaged(quantized / layout, tmp_path / "bad", damage))
+
+
+def configured(config, packed=None):
+    """A config of ours outside an engine."""
+    from adallm.vllm_plugin.config import NVFP4Config
+
+    made = NVFP4Config.from_config(config)
+    made.packed_modules_mapping = packed or {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    return made
+
+
+def pretend(monkeypatch, rank=0, size=1):
+    """That this process is one of several ranks."""
+    from vllm.model_executor import parameter
+    from vllm.model_executor.layers import linear
+
+    for module in (linear, parameter):
+        monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: rank)
+        monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: size)
+
+
+def loaded(layer, prefix, tensors, shards):
+    """What vLLM's models do when they load: each tensor by the loader of the parameter."""
+    for shard, name in shards.items():
+        for parameter, value in layer.named_parameters(recurse=False):
+            if (tensor := tensors.get(f"{prefix}.{name}.{parameter}")) is not None:
+                value.weight_loader(value, tensor, *(() if shard is None else (shard,)))
+    layer.quant_method.process_weights_after_loading(layer)
+    return nvfp4.dequantize(layer.nvfp4.weight)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_ranks_hold_the_halves(quantized, layout, monkeypatch):
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers import linear
+
+    tensors = {}
+    for file in (quantized / layout).glob("*.safetensors"):
+        tensors |= load_file(file)
+    config = json.loads((quantized / layout / "config.json").read_text())["quantization_config"]
+    whole = {
+        n: nvfp4.dequantize(t) for n, t in checkpoint.load(quantized / layout).items() if n.endswith("proj.weight")
+    }
+    attention, mlp = "model.layers.0.self_attn", "model.layers.0.mlp"
+    for rank in (0, 1):
+        pretend(monkeypatch, rank, 2)
+        with set_current_vllm_config(VllmConfig()):
+            quant = configured(
+                config, {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+            )
+            qkv = linear.QKVParallelLinear(
+                384,
+                64,
+                6,
+                2,
+                bias=False,
+                quant_config=quant,
+                prefix=f"{attention}.qkv_proj",
+                params_dtype=torch.bfloat16,
+            )
+            gate_up = linear.MergedColumnParallelLinear(
+                384,
+                [768] * 2,
+                bias=False,
+                quant_config=quant,
+                prefix=f"{mlp}.gate_up_proj",
+                params_dtype=torch.bfloat16,
+            )
+            down = linear.RowParallelLinear(
+                768, 384, bias=False, quant_config=quant, prefix=f"{mlp}.down_proj", params_dtype=torch.bfloat16
+            )
+        found = loaded(qkv, attention, tensors, {"q": "q_proj", "k": "k_proj", "v": "v_proj"})
+        parts = [whole[f"{attention}.{n}_proj.weight"].chunk(2)[rank] for n in "qkv"]
+        assert torch.equal(found, torch.cat(parts))
+        found = loaded(gate_up, mlp, tensors, {0: "gate_proj", 1: "up_proj"})
+        assert torch.equal(found, torch.cat([whole[f"{mlp}.{n}_proj.weight"].chunk(2)[rank] for n in ("gate", "up")]))
+        found = loaded(down, mlp, tensors, {None: "down_proj"})
+        assert torch.equal(found, whole[f"{mlp}.down_proj.weight"].chunk(2, 1)[rank])
+
+
+def test_a_mixed_checkpoint_and_what_is_ignored(monkeypatch):
+    pretend(monkeypatch)
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers import linear
+
+    from adallm.vllm_plugin.linear import AdaLLMNVFP4LinearMethod
+
+    made = configured(
+        {
+            "quant_method": "modelopt",
+            "quant_algo": "MIXED_PRECISION",
+            "ignore": ["lm_head", "model.layers.1*"],
+            "quantized_layers": {
+                "model.layers.0.a": {"quant_algo": "FP8"},
+                "model.layers.0.b": {"quant_algo": "NVFP4", "group_size": 16},
+                "model.layers.0.c": {"quant_algo": "W4A16_NVFP4", "group_size": 16},
+                "model.layers.1.a": {"quant_algo": "NVFP4", "group_size": 16},
+            },
+        }
+    )
+    with set_current_vllm_config(VllmConfig()):
+        layer = linear.ReplicatedLinear(64, 32, bias=False, params_dtype=torch.bfloat16)
+        methods = {n: made.get_quant_method(layer, f"model.layers.{n}") for n in ("0.a", "0.b", "0.c", "0.d", "1.a")}
+    ours = {name for name, method in methods.items() if isinstance(method, AdaLLMNVFP4LinearMethod)}
+    assert ours == {"0.b", "0.c"}
+    assert methods["0.a"].spec.weight.dtype == torch.float8_e4m3fn
+    assert isinstance(methods["0.d"], linear.UnquantizedLinearMethod)
+    assert isinstance(methods["1.a"], linear.UnquantizedLinearMethod)
+    rows = made._report.rows()
+    assert ("2", "NVFP4 ReplicatedLinear", "adallm W4A16, reference on a CPU", "activations auto") in rows
+    assert ("2", "ReplicatedLinear", "vLLM UnquantizedLinearMethod", "not quantized in the checkpoint") in rows
+    assert ("1", "ReplicatedLinear", "vLLM ModelOptLinearMethod", "another algorithm in the checkpoint") in rows
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layer_that_ours_does_not_run(quantized, layout, monkeypatch):
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers import linear
+
+    pretend(monkeypatch)
+    config = json.loads((quantized / layout / "config.json").read_text())["quantization_config"]
+
+    def layer(made):
+        return linear.ReplicatedLinear(
+            64, 24, bias=False, quant_config=made, prefix="model.layers.0.mlp.down_proj", params_dtype=torch.bfloat16
+        )
+
+    with set_current_vllm_config(VllmConfig()):
+        with pytest.raises(ValueError, match=r"down_proj is \[24, 64\] on this rank; supported: both multiples of 16"):
+            layer(configured(config))
+        monkeypatch.setenv("ADALLM_ALLOW_FALLBACK", "1")
+        made = configured(config)
+        # A CPU has no NVFP4 kernel of vLLM's: it says so itself, now that it is asked.
+        with pytest.raises(ValueError, match=r"(?i)nvfp4|kernel"):
+            layer(made)
+
+
+@pytest.mark.slow
+def test_a_quantized_head(quantized, monkeypatch):
+    monkeypatch.setenv("ADALLM_LM_HEAD", "nvfp4")
+    llm = engine(quantized / "modelopt")
+    head, embedding = model_of(llm).lm_head, model_of(llm).model.embed_tokens
+    assert torch.equal(nvfp4.dequantize(head.nvfp4.weight), nvfp4.dequantize(nvfp4.quantize(embedding.weight.data)))
+    (first, *_) = generated(llm)
+    assert torch.isfinite(first[1]).all()
+
+
+@pytest.mark.slow
+def test_a_dummy_load(quantized):
+    llm = engine(quantized / "compressed-tensors", load_format="dummy")
+    assert all(torch.isfinite(logprobs).all() for _, logprobs in generated(llm))
