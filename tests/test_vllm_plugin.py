@@ -451,3 +451,137 @@ def test_a_quantized_head(quantized, monkeypatch):
 def test_a_dummy_load(quantized):
     llm = engine(quantized / "compressed-tensors", load_format="dummy")
     assert all(torch.isfinite(logprobs).all() for _, logprobs in generated(llm))
+
+
+def attention_step(lengths, queries, *, dtype=torch.float8_e4m3fn, heads=(6, 2, 64), block=16, seed=0):
+    """vLLM's cache with keys and values in it, the arguments of a step and its tokens."""
+    torch.manual_seed(seed)
+    hq, hk, d = heads
+    width = -(-max(lengths) // block)
+    blocks = len(lengths) * width + 1
+    cache = torch.randn(blocks, hk, block, 2 * d).to(dtype)
+    table = torch.randperm(blocks)[: len(lengths) * width].view(len(lengths), width).int()
+    tokens = sum(queries)
+    # As a slice of a fused product, which is what attention is given.
+    qkv = torch.randn(tokens, (hq + 2 * hk) * d).bfloat16()
+    q, k, v = (part.view(tokens, -1, d) for part in qkv.split([hq * d, hk * d, hk * d], dim=-1))
+    return cache, table, torch.tensor(lengths, dtype=torch.int32), q, k, v
+
+
+def implementation(window=None, *, cache="fp8", soft_cap=None, sinks=None):
+    from adallm.vllm_plugin.attention import Impl
+
+    made = Impl(6, 64, 0.125, 2, None, window, cache, logits_soft_cap=soft_cap, sinks=sinks)
+    made.process_weights_after_loading(torch.bfloat16)
+    return made
+
+
+LAYER = types.SimpleNamespace(calculate_kv_scales=False, _k_scale_float=0.5, _v_scale_float=2.0)
+
+
+@pytest.mark.parametrize("cache", ["fp8", "auto"])
+def test_decode_and_speculative_steps_of_the_backend(cache):
+    from adallm.attention import paged_decode_reference
+    from adallm.vllm_plugin.attention import Metadata
+
+    quantized = cache == "fp8"
+    for queries in (1, 3):
+        dtype = torch.float8_e4m3fn if quantized else torch.bfloat16
+        kv, table, lengths, q, k, v = attention_step([40, 5, 17], [queries] * 3, dtype=dtype)
+        sinks = torch.randn(6).bfloat16()
+        made = implementation(16, cache=cache, soft_cap=20.0, sinks=sinks)
+        assert not made.supports_quant_query_input
+        scales = {"k_scale": 0.5, "v_scale": 2.0} if quantized else {}
+        # New keys and values go to their slots.
+        spots = [range(n - queries, n) for n in lengths.tolist()]
+        slots = torch.tensor(
+            [int(row[j // 16]) * 16 + j % 16 for row, spot in zip(table, spots, strict=True) for j in spot]
+        )
+        stored = kv.view(torch.uint8) if quantized else kv
+        made.do_kv_cache_update(LAYER, k, v, stored, slots)
+        written = kv.transpose(1, 2).reshape(-1, 2, 128)[slots].float()
+        error = written[..., :64] * scales.get("k_scale", 1.0) - k.float()
+        assert error.abs().max() <= (0.15 if quantized else 0.0)
+
+        step = Metadata(**dict.fromkeys(TRITON_FIELDS), decodes=3, queries=queries)
+        step.block_table, step.seq_lens = table, lengths
+        out = torch.full((3 * queries + 2, 6, 64), float("nan")).bfloat16()
+        made.forward(LAYER, torch.cat((q, q[:2])), k, v, stored, step, out)
+        halves = kv.transpose(1, 2).split(64, dim=-1)
+        expected = paged_decode_reference(
+            q.view(3, queries, 6, 64),
+            *halves,
+            table,
+            lengths,
+            scale=0.125,
+            window=16,
+            soft_cap=20.0,
+            sinks=sinks.float(),
+            **scales,
+        )
+        assert torch.equal(out[: 3 * queries].view(3, queries, 6, 64), expected.bfloat16())
+        # Tokens that pad a step are nobody's.
+        assert out[3 * queries :].isnan().all()
+
+
+TRITON_FIELDS = (
+    "num_actual_tokens", "max_query_len", "query_start_loc", "max_seq_len", "seq_lens", "block_table", "slot_mapping",
+    "seq_threshold_3D", "num_par_softmax_segments", "softmax_segm_output", "softmax_segm_max", "softmax_segm_expsum",
+    "causal",
+)  # fmt: skip
+
+
+def test_what_the_backend_takes(monkeypatch):
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    from adallm.vllm_plugin.attention import Impl
+
+    vllm_plugin.register()
+    backend = AttentionBackendEnum.CUSTOM.get_class()
+    assert backend.get_name() == "CUSTOM"
+    assert [backend.supports_head_size(size) for size in (64, 80, 96, 128, 192, 256)] == [True, False, *[True] * 4]
+    assert [backend.supports_kv_cache_dtype(name) for name in ("auto", "fp8", "fp8_e5m2", "int8_per_token_head")] == [
+        True, True, False, False,
+    ]  # fmt: skip
+    assert backend.supports_sink()
+    assert backend.supports_sliding_window()
+    assert not backend.supports_non_causal()
+    assert not backend.supports_attn_type("encoder_only")
+    with pytest.raises(ValueError, match=r"32 query and 1 KV heads.*supported: up to 16"):
+        Impl(32, 64, 0.125, 1, None, None, "auto")
+    monkeypatch.setenv("ADALLM_ALLOW_FALLBACK", "1")
+    assert not Impl(32, 64, 0.125, 1, None, None, "auto")._ours
+
+
+def test_a_step_is_split(monkeypatch):
+    from adallm.vllm_plugin import attention
+
+    def built(self, *args):
+        return attention.TritonAttentionMetadata(**{name: getattr(common, name, None) for name in TRITON_FIELDS})
+
+    monkeypatch.setattr(attention.TritonAttentionMetadataBuilder, "build", built)
+    builder = object.__new__(attention.MetadataBuilder)
+    builder._workspace, builder.reorder_batch_threshold = None, 3
+    for queries, expected in (
+        ([1, 1, 1], (3, 1)),
+        ([3, 3, 7, 9], (2, 3)),
+        ([1, 1, 5], (2, 1)),
+        ([7, 9], (0, 0)),
+        ([3, 2], (1, 3)),
+    ):
+        starts = torch.tensor([0, *queries]).cumsum(0).int()
+        common = types.SimpleNamespace(
+            num_reqs=len(queries), num_actual_tokens=sum(queries), max_query_len=max(queries), query_start_loc=starts,
+            query_start_loc_cpu=starts, seq_lens=torch.arange(len(queries)),
+            block_table=torch.arange(len(queries))[:, None], slot_mapping=torch.arange(sum(queries)),
+        )  # fmt: skip
+        step = builder.build(0, common)
+        decodes, tokens = expected[0], expected[0] * expected[1]
+        assert (step.decodes, step.queries) == expected
+        if sum(queries) == tokens:
+            assert step.rest is None
+        else:
+            assert step.rest.num_actual_tokens == sum(queries) - tokens
+            assert step.rest.query_start_loc.tolist() == (starts[decodes:] - tokens).tolist()
+            assert step.rest.seq_lens.tolist() == list(range(decodes, len(queries)))
+            assert step.rest.slot_mapping.tolist() == list(range(tokens, sum(queries)))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from adallm.vllm_plugin.settings import Settings
 
@@ -117,6 +118,8 @@ def _layers_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def register_config() -> None:
-    """Once, or again: vLLM keeps one config by this name."""
+    """Once, or again: vLLM keeps one config by this name, and one backend as ``CUSTOM``."""
     if NAME not in QUANTIZATION_METHODS:
         register_quantization_config(NAME)(NVFP4Config)
+    if not AttentionBackendEnum.CUSTOM.is_overridden():
+        register_backend(AttentionBackendEnum.CUSTOM, "adallm.vllm_plugin.attention.AdaLLMAttentionBackend")

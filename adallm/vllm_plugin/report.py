@@ -7,6 +7,7 @@ from collections import Counter
 from typing import Any
 
 from vllm.config import VllmConfig
+from vllm.platforms import current_platform
 
 from adallm import text
 
@@ -62,5 +63,9 @@ class Report:
 
 
 def _attention(layer: Any, backend: Any) -> tuple[str, str]:
-    cache = getattr(layer, "kv_cache_dtype", "auto")
-    return f"vLLM {backend.get_name()}", f"KV cache {cache}"
+    cache = f"KV cache {getattr(layer, 'kv_cache_dtype', 'auto')}"
+    if backend.__module__.startswith("adallm."):
+        return "adallm decode, vLLM Triton prefill", cache
+    if current_platform.is_cpu():
+        return f"vLLM {backend.get_name()}", cache
+    return f"vLLM {backend.get_name()}", f"{cache}; --attention-backend CUSTOM has adallm's"

@@ -1,0 +1,236 @@
+"""vLLM's attention backend ``CUSTOM``: our cache write and decode attention, vLLM's Triton kernel for prefill.
+
+In a step, sequences with the same few query tokens come first and are ours; those behind them, prefills, are vLLM's.
+The cache has vLLM's layout, keys and values of a head side by side, which ours read by strides. Queries stay in 16
+bits. Full CUDA graphs hold decode steps, speculative ones included.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from vllm.config import get_current_vllm_config_or_none
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.attention.backends.triton_attn import (
+    TritonAttentionBackend,
+    TritonAttentionImpl,
+    TritonAttentionMetadata,
+    TritonAttentionMetadataBuilder,
+)
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+
+from adallm.attention import Workspace, paged_decode, write_kv
+from adallm.paged import BLOCK_SIZES, HEAD_SIZES, MAX_GQA, MAX_QUERIES
+from adallm.vllm_plugin.settings import Settings
+
+
+@dataclass
+class Metadata(TritonAttentionMetadata):
+    """Of a step.
+
+    Attributes:
+        decodes: sequences that are ours, the first ones, each with ``queries`` query tokens.
+        workspace: for our kernel.
+        rest: of the sequences behind them; None if there are none.
+    """
+
+    decodes: int = 0
+    queries: int = 0
+    workspace: Workspace | None = None
+    rest: TritonAttentionMetadata | None = None
+
+
+class MetadataBuilder(TritonAttentionMetadataBuilder):
+    """Splits steps, and keeps the workspace that the layers of a model share."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        if self.reorder_batch_threshold > MAX_QUERIES:
+            self.reorder_batch_threshold = 1
+        self._workspace = None
+        if device.type == "cuda":
+            heads, size = kv_cache_spec.num_kv_heads, kv_cache_spec.head_size
+            q = torch.empty(
+                1, self.reorder_batch_threshold, self.num_heads_q, size, dtype=torch.bfloat16, device=device
+            )
+            cache = torch.empty(1, kv_cache_spec.block_size, heads, size, dtype=kv_cache_spec.dtype, device=device)
+            self._workspace = Workspace.of(q, cache)
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Metadata:
+        step = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        decodes, prefills, tokens, _ = split_decodes_and_prefills(
+            common_attn_metadata, decode_threshold=self.reorder_batch_threshold, require_uniform=True
+        )
+        starts = common_attn_metadata.query_start_loc_cpu
+        queries = int(starts[1] - starts[0]) if decodes else 0
+        rest = None
+        if prefills and decodes:
+            rest = replace(
+                step,
+                num_actual_tokens=step.num_actual_tokens - tokens,
+                query_start_loc=step.query_start_loc[decodes:] - tokens,
+                seq_lens=step.seq_lens[decodes:],
+                block_table=step.block_table[decodes:],
+                slot_mapping=step.slot_mapping[tokens:],
+            )
+        elif prefills:
+            rest = step
+        return Metadata(**vars(step), decodes=decodes, queries=queries, workspace=self._workspace, rest=rest)
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> Metadata:
+        step = self.build(0, common_attn_metadata)
+        # The shortest that there is; the longest would make a capture slow.
+        step.seq_lens.fill_(max(step.queries, 1))
+        return step
+
+
+class Impl(TritonAttentionImpl):
+    """One layer's attention."""
+
+    def __init__(self, num_heads: int, head_size: int, scale: float, num_kv_heads: int, *args: Any, **kwargs: Any):
+        super().__init__(num_heads, head_size, scale, num_kv_heads, *args, **kwargs)
+        # Queries come as they are, where vLLM would round them to E4M3 for its own kernel.
+        self.supports_quant_query_input = False
+        self._quantized = self.kv_cache_dtype.startswith("fp8")
+        back = self.sliding_window[0]
+        self._window = None if back < 0 else back + 1
+        self._sinks = self._slopes = None
+        config = get_current_vllm_config_or_none()
+        settings = Settings.read(getattr(config, "additional_config", None))
+        self._ours = num_heads // num_kv_heads <= MAX_GQA and not self.use_alibi_sqrt and self.chunk_lookback < 0
+        if not self._ours and not settings.allow_fallback:
+            raise ValueError(
+                f"attention with {num_heads} query and {num_kv_heads} KV heads, alibi_sqrt {self.use_alibi_sqrt}, "
+                f"chunk_lookback {self.chunk_lookback}; supported: up to {MAX_GQA} query heads for a KV head, none of "
+                "the other two. With ADALLM_ALLOW_FALLBACK=1 vLLM's Triton kernel runs such layers"
+            )
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Sinks are there now, and the device is known."""
+        super().process_weights_after_loading(act_dtype)
+        if self.sinks is not None:
+            self._sinks = self.sinks.detach().float()
+        if self.alibi_slopes is not None:
+            self._slopes = self.alibi_slopes.to(current_platform.device_type)
+
+    def _caches(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[num_blocks, block_size, Hkv, D]`` of vLLM's ``[num_blocks, Hkv, block_size, 2 D]``."""
+        k_cache, v_cache = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+        if self._quantized and k_cache.dtype != self.fp8_dtype:
+            k_cache, v_cache = k_cache.view(self.fp8_dtype), v_cache.view(self.fp8_dtype)
+        return k_cache, v_cache
+
+    def _scales(self, layer: Any) -> dict[str, Any]:
+        if not self._quantized:
+            return {}
+        if layer.calculate_kv_scales:
+            return {"k_scale": layer._k_scale, "v_scale": layer._v_scale}
+        return {"k_scale": layer._k_scale_float, "v_scale": layer._v_scale_float}
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Metadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        step, fused = attn_metadata, (output_scale, output_block_scale)
+        if step is None or not self._ours or not step.decodes:
+            return super().forward(layer, query, key, value, kv_cache, step, output, *fused)
+        if fused != (None, None):
+            raise ValueError("the attention's output is asked for in 8 or 4 bits; adallm's kernel writes 16")
+        tokens = step.decodes * step.queries
+        k_cache, v_cache = self._caches(kv_cache)
+        shape = (step.decodes, step.queries, self.num_heads, self.head_size)
+        paged_decode(
+            query[:tokens].view(shape),
+            k_cache,
+            v_cache,
+            step.block_table[: step.decodes],
+            step.seq_lens[: step.decodes],
+            scale=self.scale,
+            **self._scales(layer),
+            window=self._window,
+            soft_cap=self.logits_soft_cap,
+            sinks=self._sinks,
+            alibi_slopes=self._slopes,
+            out=output[:tokens].view(shape),
+            workspace=step.workspace,
+        )
+        if step.rest is not None:
+            rest = slice(tokens, tokens + step.rest.num_actual_tokens)
+            super().forward(layer, query[rest], key[rest], value[rest], kv_cache, step.rest, output[rest])
+        return output
+
+    def do_kv_cache_update(
+        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
+        tokens = slot_mapping.shape[0]
+        write_kv(key[:tokens], value[:tokens], *self._caches(kv_cache), slot_mapping, **self._scales(layer))
+
+
+class AdaLLMAttentionBackend(TritonAttentionBackend):
+    """Decoders with heads, blocks and caches that our kernels take."""
+
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16]
+    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16", "fp8", "fp8_e4m3"]
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int]:
+        return list(BLOCK_SIZES)
+
+    @classmethod
+    def supports_block_size(cls, block_size: int | None) -> bool:
+        return block_size is None or any(block_size % size == 0 for size in BLOCK_SIZES)
+
+    @staticmethod
+    def get_name() -> str:
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> type[Impl]:
+        return Impl
+
+    @staticmethod
+    def get_builder_cls() -> type[MetadataBuilder]:
+        return MetadataBuilder
+
+    @classmethod
+    def supports_head_size(cls, head_size: int) -> bool:
+        return head_size in HEAD_SIZES
+
+    @classmethod
+    def supports_attn_type(cls, attn_type: str) -> bool:
+        return attn_type == "decoder"
+
+    @classmethod
+    def supports_non_causal(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_mm_prefix(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_alibi_sqrt(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_rswa(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_compute_capability(cls, capability: Any) -> bool:
+        return (8, 0) <= (capability.major, capability.minor) <= (9, 0)
