@@ -1,5 +1,5 @@
-"""The command ``adallm``: ``adallm quantize SRC DST``, ``adallm calibrate MODEL DST``, ``adallm inspect DIR``,
-``adallm eval``, ``adallm bench WHAT``.
+"""The command ``adallm``: ``quantize SRC DST``, ``calibrate MODEL DST``, ``inspect DIR``, ``eval``, ``bench WHAT``,
+``serve MODEL``, ``run MODEL [PROMPT]``, ``doctor [MODEL]``.
 
 A subcommand is a function in ``COMMANDS`` that adds its parser and names the function to run; what is heavy to import
 is imported in there, so that ``adallm --help`` is quick. A run function takes the parsed arguments and returns an exit
@@ -25,7 +25,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for add in COMMANDS:
         add(subparsers)
-    args = parser.parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    args, others = parser.parse_known_args(given)
+    if not hasattr(args, "vllm_options"):
+        if others:
+            parser.error(f"unrecognized arguments: {' '.join(others)}")
+    else:
+        # Which there are, and which have a value, only vLLM knows.
+        if given[1:2] != [args.model]:
+            parser.error(f"{given[0]}: MODEL comes before the options")
+        args.vllm_options = others
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _print_warning
@@ -242,6 +251,132 @@ def _bench(args: argparse.Namespace) -> int:
     return bench.main(args.arguments)
 
 
+def _add_vllm_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--activations",
+        choices=("auto", "bf16", "fp8"),
+        help="of NVFP4 layers: W4A16, W4A8, or what the GPU is best at (default: ADALLM_ACTIVATIONS, or auto)",
+    )
+    parser.add_argument("--kv-cache-dtype", metavar="DTYPE", help="default: fp8 where the GPU has FP8 cores, else auto")
+    parser.add_argument(
+        "--no-fp8-decode-kernel", action="store_true", help="leave decode attention over an FP8 cache to vLLM's choice"
+    )
+    parser.epilog = "Every other option is that of `vllm serve`, whose --help lists them."
+    parser.set_defaults(vllm_options=[])
+
+
+def _vllm_options(args: argparse.Namespace) -> list[str]:
+    from adallm import serve
+
+    return serve.options(
+        args.model,
+        args.vllm_options,
+        kv_cache_dtype=args.kv_cache_dtype,
+        decode_kernel=not args.no_fp8_decode_kernel,
+        capability=serve.capability(),
+    )
+
+
+def _add_serve(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "serve",
+        help="serve a model with vLLM, our kernels in it",
+        description="Become `vllm serve MODEL`: the OpenAI-compatible server, with our kernels for NVFP4 layers.",
+        usage="adallm serve MODEL [OPTION ...]",
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", metavar="MODEL", help="a directory or a Hugging Face hub name")
+    _add_vllm_options(parser)
+    parser.set_defaults(run=_serve)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from adallm import serve
+
+    serve.serve(args.model, _vllm_options(args), activations=args.activations)
+    return 0
+
+
+def _add_run(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "run",
+        help="generate text on the terminal",
+        description="Print what the model answers to PROMPT, as it comes. Without PROMPT, ask for one after the other; "
+        "\\q or the end of the input quits, and an interrupt ends an answer.",
+        usage="adallm run MODEL [PROMPT] [OPTION ...]",
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", metavar="MODEL", help="a directory or a Hugging Face hub name")
+    parser.add_argument("--max-tokens", type=int, default=512, metavar="N", help="of an answer (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, metavar="T", help="0 for the likeliest (default: the model's)")
+    _add_vllm_options(parser)
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from adallm import serve
+
+    # argparse would take the value of an option of vLLM's for a prompt.
+    prompt = None
+    if args.vllm_options and not args.vllm_options[0].startswith("-"):
+        prompt = args.vllm_options.pop(0)
+    options = _vllm_options(args)
+    conversation = serve.Conversation(
+        args.model,
+        options,
+        activations=args.activations,
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+    )
+    if prompt is not None:
+        _print_answer(conversation, prompt)
+        return 0
+    while True:
+        try:
+            prompt = input(">>> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return 0
+        if prompt.strip() == "\\q":
+            return 0
+        if prompt.strip():
+            try:
+                _print_answer(conversation, prompt)
+            except KeyboardInterrupt:
+                print()
+            except ValueError as error:
+                print(f"adallm: error: {_one_line(error)}", file=sys.stderr)
+
+
+def _print_answer(conversation: Any, prompt: str) -> None:
+    answer = conversation.answer(prompt)
+    try:
+        for piece in answer:
+            print(piece, end="", flush=True)
+        print()
+    finally:
+        answer.close()
+
+
+def _add_doctor(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "doctor",
+        help="say what would run here, and what is wrong with a set-up",
+        description="Print GPU, versions and kernels, and for MODEL what its layers run on and the memory that weights "
+        "and KV cache take. The exit status is 1 if something is wrong.",
+    )
+    parser.add_argument("model", metavar="MODEL", nargs="?", help="a Hugging Face directory with safetensors")
+    parser.add_argument("--context", type=int, default=32_768, metavar="N", help="tokens (default: %(default)s)")
+    parser.set_defaults(run=_doctor)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from adallm import doctor
+
+    checks = doctor.checks(args.model, context=args.context)
+    print(doctor.table(checks))
+    return int(any(check.problem for check in checks))
+
+
 def _elements(rows: Sequence[Any]) -> int:
     import math
 
@@ -261,7 +396,16 @@ def _print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"adallm: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
-COMMANDS: tuple[Callable[[Any], None], ...] = (_add_quantize, _add_calibrate, _add_inspect, _add_eval, _add_bench)
+COMMANDS: tuple[Callable[[Any], None], ...] = (
+    _add_quantize,
+    _add_calibrate,
+    _add_inspect,
+    _add_eval,
+    _add_bench,
+    _add_serve,
+    _add_run,
+    _add_doctor,
+)
 
 if __name__ == "__main__":
     sys.exit(main())

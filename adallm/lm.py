@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from adallm import checkpoint, hf_model
 from adallm.hf_model import Format
+from adallm.vllm_command import any_build
 
 # Windows of published WikiText perplexities; shorter where a model's context is.
 MAX_LENGTH = 2048
@@ -110,28 +110,12 @@ def _vllm_class() -> type:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    original = importlib.metadata.version
     try:
-        # Before the patch below: vLLM finds out by the same call which platform it was built for.
-        from vllm.platforms import current_platform
+        # lm-eval asks for the version of a distribution called vllm.
+        with any_build():
+            from lm_eval.models.vllm_causallms import VLLM
     except ImportError as error:
         raise ValueError(f"BACKEND=vllm needs vLLM, which cannot be imported ({error})") from None
-    _ = current_platform.device_type
-
-    def version(name: str) -> str:
-        try:
-            return original(name)
-        except importlib.metadata.PackageNotFoundError:
-            if name != "vllm":
-                raise
-            return original("vllm-cpu")
-
-    # lm-eval asks for the version of a distribution called vllm; the CPU build is called vllm-cpu.
-    importlib.metadata.version = version
-    try:
-        from lm_eval.models.vllm_causallms import VLLM
-    finally:
-        importlib.metadata.version = original
 
     class _VLLM(_KeepsWindows, VLLM):
         pass

@@ -22,9 +22,10 @@ LAYERS = (
     {"kernels"},
     {"linear", "attention"},
     {"checkpoint", "sm89"},
-    {"hf_model"},
+    {"hf_model", "vllm_command"},
     {"lm"},
     {"plots", "evaluate", "calibrate", "bench", "vllm_plugin", "tiny", "tasks"},
+    {"serve", "doctor"},
     {"cli"},
 )
 LAYER = {name: i for i, layer in enumerate(LAYERS) for name in layer}
@@ -41,6 +42,7 @@ MAY_NEED = {
     "lm": {"lm_eval", "transformers"},
     "evaluate": {"lm_eval", "matplotlib", "numpy", "pandas", "transformers"},
     "bench": {"transformers", "triton", "vllm"},
+    "vllm_command": {"vllm"},
     "vllm_plugin": {"triton", "vllm"},
     "tasks": {"datasets", "lm_eval"},
     "tiny": {"numpy", "tokenizers", "transformers"},
