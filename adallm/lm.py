@@ -45,8 +45,12 @@ class _KeepsWindows:
 
 
 def vllm_formats() -> tuple[str, ...]:
-    """The formats that vLLM runs from storage here; its CPU build has kernels for BF16 only."""
-    return ("bf16", "fp8", "nvfp4", "nvfp4-fp8kv") if torch.cuda.is_available() else ("bf16",)
+    """The formats that vLLM runs from storage here, NVFP4 by our plugin."""
+    nvfp4 = ("nvfp4", "nvfp4-w4a8")
+    if torch.cuda.is_available():
+        return ("bf16", "fp8", *nvfp4, "nvfp4-fp8kv")
+    # The CPU build has an FP8 KV cache where there is AVX-512.
+    return ("bf16", *nvfp4, *(["nvfp4-fp8kv"] if torch.cpu._is_avx512_supported() else []))
 
 
 class _HF(_KeepsWindows, HFLM):
@@ -94,8 +98,12 @@ def vllm(directory: Path, form: Format, *, scale_rule: str, scratch: Path, progr
     options: dict[str, Any] = {"max_model_len": max_length(directory), "seed": 0}
     if form.weights == "fp8":
         options["quantization"] = "fp8"
+    if form.weights == "nvfp4":
+        options["additional_config"] = {"adallm": {"activations": form.activations}}
     if form.kv_cache == "fp8":
         options["kv_cache_dtype"] = "fp8"
+        if torch.cuda.is_available():
+            options["attention_backend"] = "CUSTOM"
     if not torch.cuda.is_available():
         options |= {"enforce_eager": True, "distributed_executor_backend": "uni"}
     lm = model_class(pretrained=str(directory), dtype="auto", batch_size="auto", **options)
