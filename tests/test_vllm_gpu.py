@@ -1,0 +1,98 @@
+"""The plugin inside vLLM on a GPU: the bundled model's own words, by our kernels, in CUDA graphs."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from adallm import checkpoint, evaluate, hf_model
+
+pytestmark = [pytest.mark.gpu, pytest.mark.vllm, pytest.mark.slow]
+
+MODEL = evaluate.BUNDLED_MODEL
+PROMPTS = ("def __init__(self", "import os\nimport sys\n", "class TestCase(unittest.TestCase):\n    def")
+# Logits of BF16 are about 8 here, one unit of which is 2^-5; two candidates closer than this may change places.
+NEAR = 0.15
+TOKENS = 64
+
+# An engine of its own process: two do not fit beside each other, and its memory is gone with it.
+ENGINE = """
+import json, sys
+import vllm
+given = json.loads(sys.argv[1])
+if __name__ == "__main__":
+    llm = vllm.LLM(given["model"], max_model_len=512, seed=0, gpu_memory_utilization=0.3, **given["options"])
+    sampling = vllm.SamplingParams(temperature=0, max_tokens=given["tokens"], logprobs=2)
+    outputs = llm.generate(given["prompts"], sampling, use_tqdm=False)
+    backends = {
+        layer.get_attn_backend().get_name()
+        for layer in llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
+        if hasattr(layer, "get_attn_backend")
+    }
+    found = {
+        "quantization": llm.llm_engine.vllm_config.model_config.quantization,
+        "backends": sorted(backends),
+        "outputs": [[list(o.prompt_token_ids), list(o.outputs[0].token_ids)] for o in outputs],
+    }
+    print("FOUND " + json.dumps(found), flush=True)
+"""
+
+
+def generated(model, environment=None, **options):
+    given = {"model": str(model), "prompts": PROMPTS, "tokens": TOKENS, "options": options}
+    one = {} if options.get("tensor_parallel_size", 1) > 1 else {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", ENGINE, json.dumps(given)],
+        env=os.environ | one | (environment or {}),
+        capture_output=True,
+        text=True,
+        timeout=580,
+    )
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")] or [None]
+    assert line is not None, done.stdout[-3000:] + done.stderr[-3000:]
+    return json.loads(line[6:]), done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory):
+    pytest.importorskip("vllm", reason="needs vLLM")
+    path = tmp_path_factory.mktemp("gpu") / "model"
+    checkpoint.convert(MODEL, path, layout="modelopt", progress=False)
+    return path
+
+
+def assert_greedy(found, path, form):
+    """Each token is the reference's likeliest, given those before it, or as good as that."""
+    reference = hf_model.load(path, hf_model.FORMATS[form])
+    for prompt, tokens in found["outputs"]:
+        with torch.no_grad():
+            logits = reference(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1].float()
+        best = logits.argmax(-1)
+        lost = logits.amax(-1) - logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        wrong = [(i, float(lost[i])) for i in range(len(tokens)) if best[i] != tokens[i] and lost[i] > NEAR]
+        assert not wrong, (prompt, wrong)
+        assert (best == torch.tensor(tokens)).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("form", ["nvfp4", "nvfp4-w4a8", "nvfp4-fp8kv"])
+def test_greedy_words_are_the_references(quantized, form):
+    options = {"additional_config": {"adallm": {"activations": hf_model.FORMATS[form].activations}}}
+    options |= {"attention_backend": "CUSTOM"}
+    if form == "nvfp4-fp8kv":
+        options["kv_cache_dtype"] = "fp8"
+    found, log = generated(quantized, **options)
+    assert (found["quantization"], found["backends"]) == ("adallm", ["CUSTOM"])
+    assert "adallm decode, vLLM Triton prefill" in log
+    assert_greedy(found, quantized, form)
+
+
+def test_two_gpus(quantized):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA GPUs")
+    options = {"additional_config": {"adallm": {"activations": "bf16"}}, "tensor_parallel_size": 2}
+    found, _ = generated(quantized, attention_backend="CUSTOM", kv_cache_dtype="fp8", **options)
+    assert found["quantization"] == "adallm"
+    assert_greedy(found, quantized, "nvfp4-fp8kv")
