@@ -255,7 +255,7 @@ def _add_vllm_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--activations",
         choices=("auto", "bf16", "fp8"),
-        help="of NVFP4 layers: W4A16, W4A8, or what the GPU is best at (default: ADALLM_ACTIVATIONS, or auto)",
+        help="of NVFP4 layers: W4A16, W4A8, or by the number of tokens (default: ADALLM_ACTIVATIONS, or auto)",
     )
     parser.add_argument("--kv-cache-dtype", metavar="DTYPE", help="default: fp8 where the GPU has FP8 cores, else auto")
     parser.add_argument(

@@ -17,6 +17,8 @@ from adallm import fp8
 from adallm.nvfp4 import INPUT_DTYPES, NVFP4Tensor, dequantize
 
 ACTIVATIONS = ("bf16", "fp8")
+# Of NVFP4Linear, which can choose.
+NVFP4_ACTIVATIONS = (*ACTIVATIONS, "auto")
 
 
 def fp32_product(x: Tensor, w: Tensor) -> Tensor:
@@ -33,14 +35,16 @@ class ReferenceLinear(nn.Module):
     """``y = x @ w.T + bias`` in FP32 arithmetic, for weights in any format.
 
     ``forward`` takes ``[..., K]`` in bfloat16, float16 or float32 and returns ``[..., N]`` of the same dtype.
-    Subclasses say what the weight is; this class holds the arithmetic that all formats share, so that two formats
-    differ in their weights and activations alone.
+    Subclasses say what the weight is and which activations there are; this class holds the arithmetic that all formats
+    share, so that two formats differ in their weights and activations alone.
     """
+
+    _ACTIVATIONS = ACTIVATIONS
 
     def __init__(self, in_features: int, out_features: int, bias: Tensor | None, activations: str) -> None:
         super().__init__()
-        if activations not in ACTIVATIONS:
-            raise ValueError(f"activations {activations!r}; supported: {', '.join(ACTIVATIONS)}")
+        if activations not in self._ACTIVATIONS:
+            raise ValueError(f"activations {activations!r}; supported: {', '.join(self._ACTIVATIONS)}")
         if bias is not None and bias.shape != (out_features,):
             raise ValueError(f"bias is {list(bias.shape)}; it must be [{out_features}]")
         self.in_features, self.out_features, self.activations = in_features, out_features, activations
@@ -88,11 +92,16 @@ class NVFP4Linear(ReferenceLinear):
     E4M3 four: ``w8`` is exact where the mantissa of the scale is 1, 1.25 or 1.5; for the other five, the magnitudes
     1.5, 3 and 6 round, by 4.8% at most. Products below 2^-6 of a range that ends at 21 round in steps of 2^-9.
 
+    With ``activations="auto"`` it is W4A16 for few tokens and, on GPUs with FP8 cores, W4A8 for many
+    (``kernels/choice.py``), by way of an expanded copy of the weight and a library. The weight is stored as for W4A16;
+    on a CPU it is W4A16.
+
     Buffers on a CPU: ``packed`` uint8 ``[N, K/2]``, ``scale`` float8_e4m3fn ``[N, K/16]``, ``global_scale`` float32
     ``[]`` or ``[N]``, ``divisor``. On a GPU: ``words``, ``scales``, ``row_scale``, ``shift``, ``lost``, ``arrivals``,
     ``global_scale``, ``divisor``. On both: ``bias`` or None.
     """
 
+    _ACTIVATIONS = NVFP4_ACTIVATIONS
     _KERNEL = ("words", "scales", "row_scale", "shift", "lost", "arrivals")
 
     def __init__(self, weight: NVFP4Tensor, bias: Tensor | None = None, *, activations: str = "bf16") -> None:
@@ -127,7 +136,7 @@ class NVFP4Linear(ReferenceLinear):
             scale: float8_e4m3fn ``[N, K/16]``.
             global_scale: float32 multiplier, ``[]``, or ``[N]`` for layers fused from shards with different scales.
             bias: ``[N]`` or None.
-            activations: ``"bf16"`` (W4A16: 16-bit activations as they come) or ``"fp8"`` (W4A8).
+            activations: ``"bf16"`` (W4A16: 16-bit activations as they come), ``"fp8"`` (W4A8) or ``"auto"``.
 
         Raises:
             ValueError: a shape, dtype or device that does not fit, or on a GPU a weight or card that the kernels do not
@@ -155,6 +164,8 @@ class NVFP4Linear(ReferenceLinear):
         """What would run ``m`` tokens of ``dtype``: "reference", "expand + library" or the kernel's configuration."""
         if self.words is None:
             return "reference"
+        if self._in_fp8(m, dtype):
+            return "expand + library, FP8"
         config, _ = self._plan(m, dtype)
         return "expand + library" if config is None else config.label
 
@@ -162,6 +173,8 @@ class NVFP4Linear(ReferenceLinear):
         """Bytes that a call with ``m`` tokens allocates on a GPU beside its output, freed when it returns."""
         if self.words is None:
             return 4 * self.out_features * self.in_features
+        if self._in_fp8(m, dtype):
+            return m * (self._kernel_columns + 4) + self.out_features * self._kernel_columns
         return self._plan(m, dtype)[1]
 
     def dense_weight(self) -> Tensor:
@@ -202,6 +215,7 @@ class NVFP4Linear(ReferenceLinear):
             self.arrivals,
             self.out_features,
             self.activations == "fp8",
+            self.activations == "auto",
             self._alphas,
             self._stops,
             dtype,
@@ -228,6 +242,14 @@ class NVFP4Linear(ReferenceLinear):
         if dtype not in (None, torch.bfloat16, torch.float16):
             raise ValueError(f"dtype is {dtype}; supported: bfloat16, float16")
         return dtype or torch.bfloat16
+
+    def _in_fp8(self, m: int, dtype: torch.dtype) -> bool:
+        """Whether ``"auto"`` is W4A8 for ``m`` tokens."""
+        if self.activations != "auto":
+            return False
+        from adallm.kernels import choice, ops
+
+        return ops.in_fp8(m, dtype, self.bias is not None, choice.gpu(self.words.device.index))
 
     def _plan(self, m: int, dtype: torch.dtype) -> tuple[Any, int]:
         from adallm.kernels import choice, ops

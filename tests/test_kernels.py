@@ -203,6 +203,17 @@ def test_expansion_of_every_product_of_a_code_and_a_scale():
     assert torch.equal(eight, expected.view(p.n, -1, 64)[..., ORDER.to(DEVICE)].reshape(p.n, k))
 
 
+@pytest.mark.parametrize(("n", "k"), [(16, 16), (48, 80), (144, 528)])
+def test_e4m3_of_words_for_16_bit_products(n, k):
+    """The same values as of words for FP8 products, in the order of the columns."""
+    t, p = packed(n, k)
+    eight = layout.from_checkpoint(t, fp8=True)
+    expected = expand(eight.words, eight.scales, eight.shift, n, layout.padded(n, k)[1], torch.float8_e4m3fn).float()
+    expected = expected.view(n, -1, 64)[..., ORDER.argsort().to(DEVICE)].reshape(n, -1)[:, :k]
+    found = expand(p.words, p.scales, p.shift, n, k, torch.float8_e4m3fn, of_16=True)
+    assert torch.equal(found.float(), expected)
+
+
 def test_what_w4a8_rounds_and_by_how_much():
     """Exact for mantissas 1, 1.25 and 1.5; magnitudes 1.5, 3 and 6 of the others round, by 4.8% at most."""
     t, p = every_product(fp8=True)

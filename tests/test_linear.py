@@ -76,7 +76,7 @@ def test_dense_linear_is_the_plain_product():
 
 def test_bad_arguments_name_what_is_wrong():
     linear, t, _ = layer()
-    with pytest.raises(ValueError, match=r"activations 'int8'; supported: bf16, fp8"):
+    with pytest.raises(ValueError, match=r"activations 'int8'; supported: bf16, fp8, auto"):
         NVFP4Linear.from_tensors(t.packed, t.scale, t.global_scale, activations="int8")
     with pytest.raises(ValueError, match=r"bias is \[3\]; it must be \[48\]"):
         NVFP4Linear.from_tensors(t.packed, t.scale, t.global_scale, torch.zeros(3))
@@ -88,3 +88,10 @@ def test_bad_arguments_name_what_is_wrong():
         NVFP4Linear.from_tensors(t.packed, t.scale[:, :3].contiguous(), t.global_scale)
     with pytest.raises(ValueError, match=r"the weight is \[2, 24, 64\]"):
         NVFP4Linear.from_tensors(t.packed.view(2, 24, 32), t.scale.view(2, 24, 4), t.global_scale)
+
+
+def test_auto_is_w4a16_on_a_cpu():
+    (auto, *_), (exact, *_) = (layer(activations=activations) for activations in ("auto", "bf16"))
+    x = torch.randn(600, 64).bfloat16()
+    assert torch.equal(auto(x), exact(x))
+    assert auto.path(600) == "reference"

@@ -1,7 +1,8 @@
 """The whole weight in 16 or 8 bits, for a library's matrix product: ``[N, K]`` from stored words and scales.
 
-16 bits: ``e2m1 * scale``, exact; the global scale stays outside. E4M3: ``E4M3(e2m1 * scale * 2^shift * 2^-7)``, columns
-in ``FP8_COLUMNS`` order, to be multiplied by ``row_scale * 2^7``: the values that ``matmul.py`` multiplies by.
+16 bits: ``e2m1 * scale``, exact; the global scale stays outside. E4M3: ``E4M3(e2m1 * scale * 2^shift * 2^-7)``, to be
+multiplied by ``row_scale * 2^7``: the values that ``matmul.py`` multiplies by. Of words for FP8 products its columns
+are in ``FP8_COLUMNS`` order; of words for 16-bit ones, of which E4M3 is made too, in their own.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ def nvfp4_expand(
         K //= 4
         k = first * 16 + tl.arange(0, C * 16)
         x = fours(word, scale, R, C)
+    elif KIND == "fp8 of 16":
+        x = to_e4m3(values(word, scale, R, C, "bf16", FAST).to(tl.float32), FAST)
     elif KIND == "fp8":
         x = to_e4m3(tl.reshape(operand(word, scale, 1, R, C, KIND, FAST), [R * 16, C * 64]), FAST)
     else:
@@ -66,11 +69,18 @@ def nvfp4_expand(
     tl.store(out + at, x, mask=(n < N)[:, None] & (k < K)[None, :])
 
 
-def expand(words: Tensor, scales: Tensor, shift: Tensor, n: int, k: int, dtype: torch.dtype) -> Tensor:
-    """``[n, k]`` of ``dtype``: bfloat16 or float16; of words for FP8 products float8_e4m3fn, k a multiple of 64."""
+def expand(
+    words: Tensor, scales: Tensor, shift: Tensor, n: int, k: int, dtype: torch.dtype, *, of_16: bool = False
+) -> Tensor:
+    """``[n, k]`` of ``dtype``: bfloat16, float16 or float8_e4m3fn.
+
+    Args:
+        of_16: float8_e4m3fn of words for 16-bit products; else of words for FP8 products, k a multiple of 64.
+    """
     out = torch.empty(n, k, dtype=dtype, device=words.device)
     grid = (triton.cdiv(words.shape[0], _R), triton.cdiv(words.shape[1], _C))
     kind, fast = KINDS[dtype], words.device.type != "cpu"
+    kind += " of 16" * (of_16 and kind == "fp8")
     nvfp4_expand[grid](words, scales, shift, out, n, k, R=_R, C=_C, KIND=kind, FAST=fast, num_warps=_WARPS)
     return out
 

@@ -26,7 +26,8 @@ from adallm.kernels.quantize import quantize_tokens
 _LIBRARY = torch.library.Library("adallm", "FRAGMENT")
 _LIBRARY.define(
     "nvfp4_linear(Tensor x, Tensor? x_scale, Tensor words, Tensor scales, Tensor row_scale, Tensor shift, "
-    "Tensor? bias, Tensor arrivals, int n, bool fp8, float[] alphas, int[] stops, ScalarType dtype) -> Tensor"
+    "Tensor? bias, Tensor arrivals, int n, bool fp8, bool auto, float[] alphas, int[] stops, ScalarType dtype) "
+    "-> Tensor"
 )
 _LIBRARY.define(
     "fp8_tokens(Tensor x, Tensor? weight, float eps, bool gated, bool ordered) -> (Tensor, Tensor)",
@@ -40,6 +41,14 @@ def chosen(m: int, n: int, k: int, kind: str, dtype: torch.dtype, bias: bool, gp
         row = [row for row in choice.rows(kind, gpu) if row.configs][-1]
         config = choice.pick(row, m, n, k, gpu.sms, fp8=kind == "fp8")
     return config
+
+
+def in_fp8(m: int, dtype: torch.dtype, bias: bool, gpu: choice.GPU) -> bool:
+    """Whether a weight that is stored for 16-bit products is multiplied in FP8, where that is left to us: with many
+    tokens, by the library, which gives BF16 and adds no bias.
+    """
+    least = choice.FP8_FROM.get(gpu.family)
+    return least is not None and m >= least and dtype == torch.bfloat16 and not bias
 
 
 def scratch_bytes(config: Config | None, m: int, n: int, k: int, kind: str) -> int:
@@ -66,6 +75,7 @@ def _linear(
     arrivals: Tensor,
     n: int,
     fp8: bool,
+    auto: bool,
     alphas: list[float],
     stops: list[int],
     dtype: torch.dtype,
@@ -78,6 +88,11 @@ def _linear(
     # The kernels load 16 bytes at a time, and know of it from a multiple of 16.
     if x.stride(1) != 1 or x.stride(0) % 16 or x.data_ptr() % 16:
         x = x.clone(memory_format=torch.contiguous_format)
+    if auto and in_fp8(m, dtype, bias is not None, choice.gpu(x.device.index)):
+        x, x_scale = quantize_tokens(x, ordered=True)
+        weight = expand(words, scales, shift, n, x.shape[1], torch.float8_e4m3fn, of_16=True)
+        _scaled_product(x, weight, row_scale, x_scale, out)
+        return out
     if fp8 and x_scale is None:
         x, x_scale = quantize_tokens(x)
     config = chosen(m, n, x.shape[1], KINDS[x.dtype], dtype, bias is not None, choice.gpu(x.device.index))
@@ -126,16 +141,7 @@ def library(
     n, k = out.shape[1], x.shape[1]
     weight = expand(words, scales, shift, n, k, x.dtype)
     if x_scale is not None:
-        torch._scaled_mm(
-            x,
-            weight.t(),
-            scale_a=x_scale[:, None],
-            scale_b=(row_scale * VALUE_POWER.value)[None, :],
-            out_dtype=out.dtype,
-            # The fast sums of Hopper keep 14 bits, as in matmul.py.
-            use_fast_accum=False,
-            out=out,
-        )
+        _scaled_product(x, weight, row_scale, x_scale, out)
         return
     start = 0
     for alpha, stop in zip(alphas, stops, strict=True):
@@ -143,6 +149,20 @@ def library(
         # alpha is applied to the FP32 sums: rounded once, as everywhere.
         torch.addmm(part, x, weight[start:stop].t(), beta=0, alpha=alpha, out=part)
         start = stop
+
+
+def _scaled_product(x: Tensor, weight: Tensor, row_scale: Tensor, x_scale: Tensor, out: Tensor) -> None:
+    """``out = (x * x_scale) @ (weight * row_scale * 2^7).T``, of E4M3."""
+    torch._scaled_mm(
+        x,
+        weight.t(),
+        scale_a=x_scale[:, None],
+        scale_b=(row_scale * VALUE_POWER.value)[None, :],
+        out_dtype=out.dtype,
+        # The fast sums of Hopper keep 14 bits, as in matmul.py.
+        use_fast_accum=False,
+        out=out,
+    )
 
 
 def _tokens(x: Tensor, weight: Tensor | None, eps: float, gated: bool, ordered: bool) -> tuple[Tensor, Tensor]:
@@ -165,7 +185,7 @@ _LIBRARY.impl("fp8_tokens", _on_its_device(_tokens), "CUDA")
 
 
 @torch.library.register_fake("adallm::nvfp4_linear", lib=_LIBRARY)
-def _(x, x_scale, words, scales, row_scale, shift, bias, arrivals, n, fp8, alphas, stops, dtype):
+def _(x, x_scale, words, scales, row_scale, shift, bias, arrivals, n, fp8, auto, alphas, stops, dtype):
     return x.new_empty(x.shape[0], n, dtype=dtype)
 
 

@@ -167,6 +167,8 @@ def builds() -> list[Named]:
     for kind, dtype in DTYPES.items():
         given = {"words": words, "scales": scales, "shift": shift, "n": 4096, "k": 4096, "dtype": dtype}
         found.append(_named(expand.expand, kind, given))
+    of_16 = {**given, "dtype": torch.float8_e4m3fn, "of_16": True}
+    found.append(_named(expand.expand, "fp8 of 16", of_16))
     for k in (4096, 8192, 16384, 32768):  # a row in one piece, and in the pieces of each size
         x, gated, weight = _meta(16, k), _meta(16, 2 * k), _meta(k)
         found.append(_named(quantize.quantize_tokens, f"none {k}", {"x": x}))

@@ -26,6 +26,9 @@ from adallm.vllm_plugin.weights import COMPRESSED_TENSORS, MODELOPT, Names
 logger = logging.getLogger("vllm.adallm")
 
 
+_NAMES = {"bf16": "W4A16", "fp8": "W4A8", "auto": "W4A16, W4A8 for many tokens"}
+
+
 class _Ours:
     """Mixed into a config of vLLM."""
 
@@ -37,6 +40,8 @@ class _Ours:
         self._settings = Settings.read(getattr(config, "additional_config", None))
         capability = compat.capability()
         self._activations = self._settings.kind(capability)
+        if self._activations == "auto" and (capability is None or capability < (8, 9)):
+            self._activations = "bf16"
         self._where = "reference on a CPU" if capability is None else "Triton"
         self._report = Report(config)
 
@@ -62,8 +67,8 @@ class _Ours:
         raise NotImplementedError
 
     def _row(self, layer: nn.Module) -> tuple[str, str, str]:
-        name = "adallm W4A16" if self._activations == "bf16" else "adallm W4A8"
-        return f"NVFP4 {_kind(layer)}", f"{name}, {self._where}", f"activations {self._settings.activations}"
+        name = f"adallm {_NAMES[self._activations]}, {self._where}"
+        return f"NVFP4 {_kind(layer)}", name, f"activations {self._settings.activations}"
 
     def _fallback(self, layer: nn.Module, prefix: str, stock: Callable[[], Any]) -> Callable[[str], Any]:
         def fall_back(reason: str) -> Any:

@@ -17,7 +17,7 @@ class Settings:
     """Choices.
 
     Attributes:
-        activations: ``"bf16"`` (W4A16), ``"fp8"`` (W4A8) or ``"auto"``.
+        activations: ``"bf16"`` (W4A16), ``"fp8"`` (W4A8) or ``"auto"``, which chooses by the number of tokens.
         lm_head: ``"nvfp4"`` to quantize an ``lm_head`` that the checkpoint has in 16 bits.
         allow_fallback: whether layers that our kernels do not run may go to vLLM's.
     """
@@ -62,7 +62,7 @@ class Settings:
         return cls(choice("activations", ACTIVATIONS), choice("lm_head", LM_HEADS), fallback)
 
     def kind(self, capability: tuple[int, int] | None) -> str:
-        """``"bf16"`` or ``"fp8"`` for a GPU of this capability, or None for a CPU.
+        """Of ``linear.NVFP4Linear``, on a GPU of this capability; None for a CPU.
 
         Raises:
             ValueError: FP8 activations where there are no FP8 cores.
@@ -72,6 +72,4 @@ class Settings:
                 f"ADALLM_ACTIVATIONS is fp8, and this GPU is sm_{capability[0]}{capability[1]}; it has no FP8 cores, "
                 "which came with sm_89. Supported here: bf16, auto"
             )
-        if self.activations != "auto":
-            return self.activations
-        return "fp8" if capability is not None and capability >= (8, 9) else "bf16"
+        return self.activations
