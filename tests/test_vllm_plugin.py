@@ -584,3 +584,22 @@ def test_a_step_is_split(monkeypatch):
             assert step.rest.query_start_loc.tolist() == (starts[decodes:] - tokens).tolist()
             assert step.rest.seq_lens.tolist() == list(range(decodes, len(queries)))
             assert step.rest.slot_mapping.tolist() == list(range(tokens, sum(queries)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_head_that_the_checkpoint_has_in_nvfp4(tmp_path, layout):
+    """Untied from the embeddings, as a model with a quantized head is."""
+    source = tmp_path / "untied"
+    shutil.copytree(MODEL, source, ignore=shutil.ignore_patterns("*.safetensors*"))
+    tensors = {name: value for file in MODEL.glob("*.safetensors") for name, value in load_file(file).items()}
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    config = json.loads((source / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (source / "config.json").write_text(json.dumps(config))
+    checkpoint.convert(source, tmp_path / "quantized", layout=layout, ignore=(), progress=False)
+    stored = checkpoint.load(tmp_path / "quantized")["lm_head.weight"]
+    assert isinstance(stored, NVFP4Tensor)
+    llm = engine(tmp_path / "quantized")
+    assert torch.equal(nvfp4.dequantize(model_of(llm).lm_head.nvfp4.weight), nvfp4.dequantize(stored))
+    assert all(torch.isfinite(logprobs).all() for _, logprobs in generated(llm))

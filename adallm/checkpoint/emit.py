@@ -122,8 +122,10 @@ def _compressed_tensors(schemes: Mapping[str, Scheme], dense: list[str], kv_cach
     config_groups = {}
     for i, (scheme, modules) in enumerate(groups.items()):
         others = [*dense, *(module for module in schemes if schemes[module] != scheme)]
+        # By name, since vLLM's class for it is no Linear.
+        heads = [module for module in modules if module.rpartition(".")[2] == "lm_head"]
         config_groups[f"group_{i}"] = {
-            "targets": ["Linear"] if len(groups) == 1 else _targets(modules, others),
+            "targets": ["Linear", *heads] if len(groups) == 1 else _targets(modules, others),
             "weights": _weights(scheme),
             "input_activations": _activations(scheme.activations),
             "output_activations": None,

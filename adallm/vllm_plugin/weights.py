@@ -100,7 +100,8 @@ class Weights:
         rows = _full_rows(layer, shard)
         if rows is None:
             return None
-        return ((rows, layer.input_size // (2 if name == self.names.packed else NVFP4_BLOCK)),)
+        columns = layer.embedding_dim if isinstance(layer, VocabParallelEmbedding) else layer.input_size
+        return ((rows, columns // (2 if name == self.names.packed else NVFP4_BLOCK)),)
 
     def _tensor(self, name: str, shard: Any) -> str:
         """As it is called in the checkpoint."""
