@@ -34,9 +34,9 @@ class Case:
     impls: list[str]
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """``--repeats``, ``--budget``, ``--append`` and ``--out``."""
-    parser.add_argument("--repeats", type=int, default=15, help="timed replays for each row (default: %(default)s)")
+def add_options(parser: argparse.ArgumentParser, *, repeats: int = 15, of: str = "timed replays for each row") -> None:
+    """``--repeats``, with its default and what is repeated; ``--budget``, ``--append`` and ``--out``."""
+    parser.add_argument("--repeats", type=int, default=repeats, help=f"{of} (default: %(default)s)")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="take no new case once this much time is spent")
     parser.add_argument(
         "--append", action="store_true", help="add what the record of the same commit and GPU lacks, and keep its rows"
@@ -44,9 +44,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="root of the records (default: results)")
 
 
-def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    if options.repeats < 15:
-        parser.error("--repeats must be at least 15")
+def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace, *, least: int = 15) -> None:
+    if options.repeats < least:
+        parser.error(f"--repeats must be at least {least}")
 
 
 def plan(cases: Iterable[Case], record: Record, impls: Sequence[str]) -> list[Case]:
@@ -63,6 +63,10 @@ def plan(cases: Iterable[Case], record: Record, impls: Sequence[str]) -> list[Ca
     return found
 
 
+def _times(rows: Sequence[dict[str, Any]]) -> str:
+    return ", ".join(f"{row['impl']} {row['us']:.1f}" for row in rows) + " us"
+
+
 def run(
     options: argparse.Namespace,
     record: Callable[[], Record],
@@ -75,16 +79,20 @@ def run(
     listed: Callable[[Sequence[Case]], str],
     started: float,
     clock: Callable[[], float] = time.monotonic,
+    needs: Callable[[Case], float] = lambda case: 0,
+    told: Callable[[Sequence[dict[str, Any]]], str] = _times,
 ) -> int:
     """Measure, print and write.
 
     Args:
         record: makes it.
         asked: all cases, and ``impls`` in order.
-        measurer: from the cases to what has ``bandwidth()`` and ``case(*arguments, impls)``.
+        measurer: from the cases to what has ``bandwidth()``, which may be no rows, and ``case(*arguments, impls)``.
         report: from rows to what is printed at the end.
         listed: names cases that are left.
         started: when the budget began, by ``clock``.
+        needs: seconds that must be left for a case.
+        told: from the rows of a case to what is printed then.
 
     Returns:
         an exit code: 1 for a result of ours that is wrong, 2 for a record that cannot be appended to.
@@ -99,11 +107,12 @@ def run(
     if cases:
         measuring = measurer(cases)
         record.add_bandwidth(measuring.bandwidth())
-        bandwidths = (row for row in record.rows if record.case_of(row) is None)
-        print(", ".join(f"{row['impl']} {row['tb_s']:.2f} TB/s" for row in bandwidths), flush=True)
+        bandwidths = [row for row in record.rows if record.case_of(row) is None]
+        if bandwidths:
+            print(", ".join(f"{row['impl']} {row['tb_s']:.2f} TB/s" for row in bandwidths), flush=True)
     left: Sequence[Case] = []
     for i, case in enumerate(cases):
-        if options.budget is not None and clock() - started >= options.budget:
+        if options.budget is not None and clock() - started + needs(case) >= options.budget:
             left = cases[i:]
             break
         try:
@@ -112,13 +121,12 @@ def run(
             print(f"stopped: {error}", file=sys.stderr)
             return 1
         record.add(case.key, rows, absent)
-        times = ", ".join(f"{row['impl']} {row['us']:.1f}" for row in rows)
-        print(f"{case.group} {case.name}: {times} us", flush=True)
-        if i + 1 == len(cases) or cases[i + 1].group != case.group:
+        print(f"{case.group} {case.name}: {told(rows)}", flush=True)
+        if record.rows and (i + 1 == len(cases) or cases[i + 1].group != case.group):
             record.write()
     if left:
         print(f"left out, as the budget of {options.budget:g} s is spent; --append takes them up: {listed(left)}")
-    if len(left) < len(cases):
+    if record.rows and len(left) < len(cases):
         print(f"wrote {os.path.relpath(record.write())}")
     print(f"\n{report(record.rows)}")
     return 0

@@ -1,0 +1,105 @@
+"""What the end-to-end benchmark compares: how vLLM is started for each implementation, and what must then be found.
+
+vLLM may fall back to another kernel than the one asked for, with a line in its log. So what runs is looked up in the
+engine and compared with ``EXPECTED``: a row is of what it says, or there is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+MAX_LEN = 8448  # tokens of a sequence: the longest prompt, 8192, and what is generated
+
+
+@dataclass(frozen=True)
+class Impl:
+    """An implementation.
+
+    Attributes:
+        quantized: whether the checkpoint is NVFP4, with an FP8 KV cache.
+        options: further ones of ``vllm.LLM``.
+        expected: what each fact of ``_e2e_extension`` must begin with; one that is not here may be anything.
+        ours: whether the plugin is on.
+    """
+
+    quantized: bool
+    options: Mapping[str, Any] = field(default_factory=dict)
+    expected: Mapping[str, str] = field(default_factory=dict)
+    ours: bool = False
+
+
+def _stock(linear: str, kernel: str, attention: str) -> Impl:
+    expected = {"quantization": "modelopt", "linear": kernel, "head": "Unquantized", "attention": attention}
+    return Impl(True, {"linear_backend": linear, "attention_backend": attention}, expected | {"kv_cache": "fp8"})
+
+
+def _ours(activations: str, linear: str, head: str = "checkpoint") -> Impl:
+    settings = {"activations": activations, "lm_head": head}
+    expected = {
+        "quantization": "adallm",
+        "linear": linear,
+        "head": "adallm W4A16" if head == "nvfp4" else "Unquantized",
+        "attention": "CUSTOM",
+        "kv_cache": "fp8",
+    }
+    return Impl(True, {"additional_config": {"adallm": settings}, "attention_backend": "CUSTOM"}, expected, ours=True)
+
+
+IMPLS = {
+    "bf16": Impl(False, expected={"quantization": "None", "linear": "Unquantized", "head": "Unquantized"}),
+    "stock-marlin-flashinfer": _stock("marlin", "MarlinNvFp4", "FLASHINFER"),
+    "stock-marlin-triton": _stock("marlin", "MarlinNvFp4", "TRITON_ATTN"),
+    "stock-humming-flashinfer": _stock("humming", "HummingNvFp4", "FLASHINFER"),
+    "stock-humming-triton": _stock("humming", "HummingNvFp4", "TRITON_ATTN"),
+    "adallm-w4a16": _ours("bf16", "adallm W4A16"),
+    "adallm-w4a8": _ours("fp8", "adallm W4A8"),
+    "adallm-auto": _ours("auto", "adallm W4A"),
+    "adallm-auto-lm-head": _ours("auto", "adallm W4A", "nvfp4"),
+}
+OURS = tuple(name for name, impl in IMPLS.items() if impl.ours)
+STOCK = tuple(name for name, impl in IMPLS.items() if impl.quantized and not impl.ours)
+BF16 = "bf16"
+
+
+def options(impl: Impl) -> dict[str, Any]:
+    """All options of ``vllm.LLM`` but the model."""
+    common = {
+        "load_format": "dummy",
+        "skip_tokenizer_init": True,
+        "max_model_len": MAX_LEN,
+        # A prompt that comes again must be computed again.
+        "enable_prefix_caching": False,
+        "seed": 0,
+    }
+    return common | ({"kv_cache_dtype": "fp8"} if impl.quantized else {}) | dict(impl.options)
+
+
+def environment(impl: Impl, given: Mapping[str, str]) -> dict[str, str]:
+    """Of the process that runs an implementation: ``given``, without what it says to the plugin."""
+    kept = {name: value for name, value in given.items() if not name.startswith("ADALLM_")}
+    # The model is on the disk, and nobody is told of it.
+    kept |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    return kept if impl.ours else kept | {"ADALLM_DISABLE": "1"}
+
+
+def mismatch(expected: Mapping[str, str], facts: Mapping[str, Any]) -> str | None:
+    """How what runs differs from what is claimed; None where it does not.
+
+    Args:
+        expected: as in ``Impl``.
+        facts: names, or lists of them, of ``_e2e_extension``; a list must not be empty.
+    """
+    for name, start in expected.items():
+        found = facts[name] if isinstance(facts[name], list) else [facts[name]]
+        if not found or not all(entry.startswith(start) for entry in found):
+            return f"{name} is {', '.join(found) or 'nothing'}; it must be {start}"
+    return None
+
+
+def path(facts: Mapping[str, Any]) -> str:
+    """What runs, for the row."""
+    heads = [f"head {name}" for name in facts["head"]]
+    caches = [f"KV cache {name}" for name in facts["kv_cache"]]
+    return ", ".join([*facts["linear"], *heads, *facts["attention"], *caches])
