@@ -116,7 +116,7 @@ class NVFP4Linear(ReferenceLinear):
             self.register_buffer(name, getattr(weight, name))
         for name in self._KERNEL:
             self.register_buffer(name, None)
-        self._alphas, self._stops = [], []
+        self._how: Tensor | None = None
         self._convert()
 
     @classmethod
@@ -213,11 +213,8 @@ class NVFP4Linear(ReferenceLinear):
             self.shift,
             self.bias,
             self.arrivals,
+            self._how,
             self.out_features,
-            self.activations == "fp8",
-            self.activations == "auto",
-            self._alphas,
-            self._stops,
             dtype,
         )
         return out.view(*shape[:-1], self.out_features)
@@ -276,7 +273,7 @@ class NVFP4Linear(ReferenceLinear):
         if self.global_scale.is_cuda == (self.words is not None):
             return
         if self.global_scale.is_cuda:
-            from adallm.kernels import choice, layout, ops  # noqa: F401 - ops registers the operators
+            from adallm.kernels import choice, layout, ops
 
             choice.rows("fp8" if self.activations == "fp8" else "bf16", choice.gpu(self.packed.device.index))
             weight = NVFP4Tensor(self.packed, self.scale, self.global_scale)
@@ -285,16 +282,11 @@ class NVFP4Linear(ReferenceLinear):
             for name in ("words", "scales", "row_scale", "shift", "lost"):
                 setattr(self, name, getattr(packed, name))
             self.arrivals = torch.zeros(choice.MAX_SPLIT_TILES, dtype=torch.int32, device=self.words.device)
-            self._set_alphas()
+            self._how = ops.described(self.activations, self.global_scale.expand(self.out_features))
         else:
             self.packed, self.scale = self.weight.packed, self.weight.scale
             for name in self._KERNEL:
                 setattr(self, name, None)
-
-    def _set_alphas(self) -> None:
-        """Runs of rows that share a global scale, for the library's product, which takes one at a time."""
-        values, counts = torch.unique_consecutive(self.global_scale.expand(self.out_features), return_counts=True)
-        self._alphas, self._stops = values.tolist(), counts.cumsum(0).tolist()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NVFP4Linear:
         """Devices change, and the bias its dtype; ``.to(torch.bfloat16)`` must not round scales."""

@@ -46,7 +46,6 @@ def test_the_operator_on_every_row_of_the_table(monkeypatch, activations, m, bia
     b = torch.randn(480, device=DEVICE).bfloat16() if bias else None
     x = torch.randn(m, 272, device=DEVICE).bfloat16()
     arrivals = torch.zeros(choice.MAX_SPLIT_TILES, dtype=torch.int32, device=DEVICE)
-    values, counts = torch.unique_consecutive(global_scale, return_counts=True)
     y = ops._linear(
         x,
         None,
@@ -56,11 +55,8 @@ def test_the_operator_on_every_row_of_the_table(monkeypatch, activations, m, bia
         p.shift,
         b,
         arrivals,
+        ops.described(activations, global_scale),
         480,
-        activations == "fp8",
-        activations == "auto",
-        values.tolist(),
-        counts.cumsum(0).tolist(),
         torch.bfloat16,
     )
     expected = x.double() @ nvfp4.dequantize(t).double().T + (0 if b is None else b.double())
@@ -73,11 +69,19 @@ def test_the_operator_on_every_row_of_the_table(monkeypatch, activations, m, bia
 TABLES = choice.TABLES["sm_90"]
 
 
+def test_how_a_layer_is_described():
+    scales = torch.tensor([0.1, 0.1, 0.3, 0.3, 0.3, 0.1])
+    mode, alphas, stops = ops._read(ops.described("auto", scales))
+    assert (mode, stops) == ("auto", [2, 5, 6])
+    assert torch.equal(torch.tensor(alphas), scales[[0, 2, 5]])
+
+
 def test_the_operator_without_tokens():
     p = layout.from_checkpoint(nvfp4.NVFP4Tensor(*tensors(48, 80, DEVICE)))
     empty = torch.empty(0, 80, device=DEVICE).bfloat16()
     arrivals = torch.zeros(choice.MAX_SPLIT_TILES, dtype=torch.int32, device=DEVICE)
-    args = (p.words, p.scales, p.row_scale, p.shift, None, arrivals, 48, False, False, [1.0], [48], torch.bfloat16)
+    how = ops.described("bf16", torch.ones(48))
+    args = (p.words, p.scales, p.row_scale, p.shift, None, arrivals, how, 48, torch.bfloat16)
     assert ops._linear(empty, None, *args).shape == (0, 48)
 
 
@@ -178,9 +182,8 @@ def test_compiled_and_in_a_graph_and_deterministic(activations):
 def test_the_operators_keep_torchs_rules(activations):
     layer, _, _ = on_gpu(activations=activations)
     x = torch.randn(3, 1088, device="cuda").bfloat16()
-    args = (x, None, layer.words, layer.scales, layer.row_scale, layer.shift, None, layer.arrivals, 320)
-    rest = (activations == "fp8", False, layer._alphas, layer._stops, torch.bfloat16)
-    torch.library.opcheck(torch.ops.adallm.nvfp4_linear.default, (*args, *rest))
+    args = (x, None, layer.words, layer.scales, layer.row_scale, layer.shift, None, layer.arrivals)
+    torch.library.opcheck(torch.ops.adallm.nvfp4_linear.default, (*args, layer._how, 320, torch.bfloat16))
     torch.library.opcheck(torch.ops.adallm.fp8_tokens.default, (x, None, 1e-6, False, False))
 
 

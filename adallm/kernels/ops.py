@@ -3,6 +3,9 @@
 They are registered with fake implementations, so that ``torch.compile`` sees shapes and dtypes and leaves the rest
 alone, and they allocate their output and scratch through torch's allocator, so that CUDA graphs can hold them.
 
+What differs from layer to layer but its tensors, whether it multiplies in FP8 and its global scales, is in ``how``, on
+the CPU: a graph that was compiled for one layer is that of every layer of its size, of other checkpoints too.
+
 ``arrivals`` counts blocks that share an output tile and is zero again when a call ends: to a caller the operators
 change nothing. Two calls on the same weight must not run at the same time on two streams.
 """
@@ -26,8 +29,7 @@ from adallm.kernels.quantize import quantize_tokens
 _LIBRARY = torch.library.Library("adallm", "FRAGMENT")
 _LIBRARY.define(
     "nvfp4_linear(Tensor x, Tensor? x_scale, Tensor words, Tensor scales, Tensor row_scale, Tensor shift, "
-    "Tensor? bias, Tensor arrivals, int n, bool fp8, bool auto, float[] alphas, int[] stops, ScalarType dtype) "
-    "-> Tensor"
+    "Tensor? bias, Tensor arrivals, Tensor how, int n, ScalarType dtype) -> Tensor"
 )
 _LIBRARY.define(
     "fp8_tokens(Tensor x, Tensor? weight, float eps, bool gated, bool ordered) -> (Tensor, Tensor)",
@@ -73,13 +75,12 @@ def _linear(
     shift: Tensor,
     bias: Tensor | None,
     arrivals: Tensor,
+    how: Tensor,
     n: int,
-    fp8: bool,
-    auto: bool,
-    alphas: list[float],
-    stops: list[int],
     dtype: torch.dtype,
 ) -> Tensor:
+    mode, alphas, stops = _read(how)
+    fp8 = mode == "fp8"
     _check(x, x_scale, words, arrivals, n, fp8)
     m = x.shape[0]
     out = torch.empty(m, n, dtype=dtype, device=x.device)
@@ -88,7 +89,7 @@ def _linear(
     # The kernels load 16 bytes at a time, and know of it from a multiple of 16.
     if x.stride(1) != 1 or x.stride(0) % 16 or x.data_ptr() % 16:
         x = x.clone(memory_format=torch.contiguous_format)
-    if auto and in_fp8(m, dtype, bias is not None, choice.gpu(x.device.index)):
+    if mode == "auto" and in_fp8(m, dtype, bias is not None, choice.gpu(x.device.index)):
         x, x_scale = quantize_tokens(x, ordered=True)
         weight = expand(words, scales, shift, n, x.shape[1], torch.float8_e4m3fn, of_16=True)
         _scaled_product(x, weight, row_scale, x_scale, out)
@@ -101,6 +102,27 @@ def _linear(
         return out
     library(x, words, scales, row_scale, shift, out, x_scale=x_scale, alphas=alphas, stops=stops)
     return out
+
+
+MODES = ("bf16", "fp8", "auto")
+
+
+def described(mode: str, global_scale: Tensor) -> Tensor:
+    """``how`` of a layer, float64 on the CPU: the mode, then of each run of rows that share a global scale that and
+    where it ends, since a library's product takes one at a time.
+
+    Args:
+        mode: of ``MODES``.
+        global_scale: float32 ``[N]``.
+    """
+    values, counts = torch.unique_consecutive(global_scale.cpu(), return_counts=True)
+    runs = torch.stack((values.double(), counts.cumsum(0).double()), 1)
+    return torch.cat((torch.tensor([MODES.index(mode)], dtype=torch.float64), runs.flatten()))
+
+
+def _read(how: Tensor) -> tuple[str, list[float], list[int]]:
+    mode, *runs = how.tolist()
+    return MODES[int(mode)], runs[::2], [int(stop) for stop in runs[1::2]]
 
 
 def _check(x: Tensor, x_scale: Tensor | None, words: Tensor, arrivals: Tensor, n: int, fp8: bool) -> None:
@@ -185,7 +207,7 @@ _LIBRARY.impl("fp8_tokens", _on_its_device(_tokens), "CUDA")
 
 
 @torch.library.register_fake("adallm::nvfp4_linear", lib=_LIBRARY)
-def _(x, x_scale, words, scales, row_scale, shift, bias, arrivals, n, fp8, auto, alphas, stops, dtype):
+def _(x, x_scale, words, scales, row_scale, shift, bias, arrivals, how, n, dtype):
     return x.new_empty(x.shape[0], n, dtype=dtype)
 
 
