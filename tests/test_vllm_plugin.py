@@ -223,8 +223,8 @@ def test_settings():
     ):
         with pytest.raises(ValueError, match=said):
             Settings.read(additional, environment)
-    for kind in ("auto", "bf16"):
-        assert {Settings(kind).kind(c) for c in (None, (8, 6), (8, 9))} == {kind}
+    assert [Settings("auto").kind(c) for c in (None, (8, 6), (8, 9), (9, 0))] == ["bf16", "bf16", "auto", "auto"]
+    assert {Settings("bf16").kind(c) for c in (None, (8, 6), (8, 9))} == {"bf16"}
     assert Settings("fp8").kind((9, 0)) == Settings("fp8").kind(None) == "fp8"
     with pytest.raises(ValueError, match="sm_86; it has no FP8 cores"):
         Settings("fp8").kind((8, 6))
@@ -544,6 +544,7 @@ def test_what_the_backend_takes(monkeypatch):
     ]  # fmt: skip
     assert backend.supports_sink()
     assert backend.supports_sliding_window()
+    assert not implementation().fused_output_quant_supported(None)
     assert not backend.supports_non_causal()
     assert not backend.supports_attn_type("encoder_only")
     with pytest.raises(ValueError, match=r"32 query and 1 KV heads.*supported: up to 16"):
@@ -577,7 +578,7 @@ def test_a_step_is_split(monkeypatch):
         step = builder.build(0, common)
         decodes, tokens = expected[0], expected[0] * expected[1]
         assert (step.decodes, step.queries) == expected
-        if sum(queries) == tokens:
+        if not decodes or sum(queries) == tokens:
             assert step.rest is None
         else:
             assert step.rest.num_actual_tokens == sum(queries) - tokens

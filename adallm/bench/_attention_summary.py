@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from adallm.text import table
+from adallm.text import rounded_down, table
 
 ADALLM, BF16, WRITE = "adallm", "adallm-bf16", "adallm-write-kv"
 OURS = (ADALLM, BF16, WRITE)
@@ -88,7 +88,7 @@ def groups_table(groups: Iterable[Mapping[str, Any]], *, markdown: bool = False)
     """The ``groups`` of ``summary``: how often the time of ours another takes, by geometric mean and at the least."""
     lines = []
     for g in groups:
-        numbers = [str(g["cases"]), _ratio(g["geomean"]), _ratio(g["minimum"])]
+        numbers = [str(g["cases"]), _ratio(g["geomean"]), rounded_down(g["minimum"])]
         lines.append([g["group"], AGAINST[g["against"]][1], *numbers, g["minimum_at"]])
     header = ["heads", "against", "cases", "geomean", "minimum", "at"]
     return table(header, lines, align="llrrrl", markdown=markdown)

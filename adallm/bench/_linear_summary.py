@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from adallm.text import table
+from adallm.text import rounded_down, table
 
 OURS = ("adallm-w4a16", "adallm-w4a8")
 BETTER = "adallm, the better"  # of the two, in each case
@@ -70,7 +70,7 @@ def groups_table(groups: Iterable[Mapping[str, Any]], *, markdown: bool = False)
     """The ``groups`` of ``summary``: how often the time of a peer ours is, by geometric mean and at the least."""
     lines = []
     for g in groups:
-        numbers = [str(g["cases"]), _ratio(g["geomean"]), _ratio(g["minimum"])]
+        numbers = [str(g["cases"]), _ratio(g["geomean"]), rounded_down(g["minimum"])]
         lines.append([g["group"], g["impl"], AGAINST[g["against"]], *numbers, g["minimum_at"]])
     header = ["group", "impl", "against", "cases", "geomean", "minimum", "at"]
     return table(header, lines, align="lllrrrl", markdown=markdown)

@@ -35,8 +35,8 @@ from adallm.results import slug
 _FILLED, _SPLIT_TO, _SPLIT_UNDER = 1.5, 3, 5
 # Output tiles that may be split, each of which has a counter.
 MAX_SPLIT_TILES = 4096
-# Tokens from which on a weight that is stored for 16-bit products is better multiplied in FP8 by a library: an estimate
-# from the times of both.
+# Tokens from which on a weight that is stored for 16-bit products is multiplied in FP8 by a library, where that is left
+# to us. Not measured: an estimate of where expanding the weight is paid for.
 FP8_FROM = {"sm_90": 384, "sm_89": 384}
 # us, us and bytes a us, written and read.
 _START, _JOIN, _RATE = 2.0, 2.0, 5e6

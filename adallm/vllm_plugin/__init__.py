@@ -14,10 +14,26 @@ environment                  ``--additional-config`` ``adallm``      meaning
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 import os
 
 logger = logging.getLogger("vllm.adallm")
+
+
+def disabled() -> bool:
+    """Whether ``ADALLM_DISABLE`` says so."""
+    return os.environ.get("ADALLM_DISABLE", "") not in ("", "0")
+
+
+def not_found() -> str | None:
+    """Why vLLM would not load the plugin, in words; None where it would."""
+    if not any(point.name == "adallm" for point in importlib.metadata.entry_points(group="vllm.general_plugins")):
+        return "vLLM does not find the plugin; install this package: pip install adallm, or -e . from source"
+    plugins = os.environ.get("VLLM_PLUGINS")
+    if plugins is not None and "adallm" not in plugins.split(","):
+        return f"VLLM_PLUGINS is {plugins!r}, and vLLM loads these plugins only; add adallm, or unset it"
+    return None
 
 
 def register() -> None:
@@ -25,7 +41,7 @@ def register() -> None:
 
     Quiet, and does nothing the second time. Nothing of vLLM is replaced.
     """
-    if os.environ.get("ADALLM_DISABLE", "") not in ("", "0"):
+    if disabled():
         return
     from adallm.vllm_plugin import compat
 

@@ -25,6 +25,7 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from adallm.attention import Workspace, paged_decode, write_kv
 from adallm.paged import BLOCK_SIZES, HEAD_SIZES, MAX_GQA, MAX_QUERIES
+from adallm.vllm_plugin.compat import FIRST, LAST
 from adallm.vllm_plugin.settings import Settings
 
 
@@ -35,7 +36,7 @@ class Metadata(TritonAttentionMetadata):
     Attributes:
         decodes: sequences that are ours, the first ones, each with ``queries`` query tokens.
         workspace: for our kernel.
-        rest: of the sequences behind them; None if there are none.
+        rest: of the sequences behind them; None if all are ours, or none.
     """
 
     decodes: int = 0
@@ -80,8 +81,6 @@ class MetadataBuilder(TritonAttentionMetadataBuilder):
                 block_table=step.block_table[decodes:],
                 slot_mapping=step.slot_mapping[tokens:],
             )
-        elif prefills:
-            rest = step
         return Metadata(**vars(step), decodes=decodes, queries=queries, workspace=self._workspace, rest=rest)
 
     def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> Metadata:
@@ -111,6 +110,10 @@ class Impl(TritonAttentionImpl):
                 f"chunk_lookback {self.chunk_lookback}; supported: up to {MAX_GQA} query heads for a KV head, none of "
                 "the other two. With ADALLM_ALLOW_FALLBACK=1 vLLM's Triton kernel runs such layers"
             )
+
+    def fused_output_quant_supported(self, quant_key: Any) -> bool:
+        """Our kernel writes 16 bits."""
+        return False
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Sinks are there now, and the device is known."""
@@ -146,11 +149,9 @@ class Impl(TritonAttentionImpl):
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        step, fused = attn_metadata, (output_scale, output_block_scale)
+        step = attn_metadata
         if step is None or not self._ours or not step.decodes:
-            return super().forward(layer, query, key, value, kv_cache, step, output, *fused)
-        if fused != (None, None):
-            raise ValueError("the attention's output is asked for in 8 or 4 bits; adallm's kernel writes 16")
+            return super().forward(layer, query, key, value, kv_cache, step, output, output_scale, output_block_scale)
         tokens = step.decodes * step.queries
         k_cache, v_cache = self._caches(kv_cache)
         shape = (step.decodes, step.queries, self.num_heads, self.head_size)
@@ -233,4 +234,4 @@ class AdaLLMAttentionBackend(TritonAttentionBackend):
 
     @classmethod
     def supports_compute_capability(cls, capability: Any) -> bool:
-        return (8, 0) <= (capability.major, capability.minor) <= (9, 0)
+        return FIRST <= (capability.major, capability.minor) <= LAST

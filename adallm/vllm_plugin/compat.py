@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-FIRST, LAST = (8, 0), (9, 0)
+# Compute capabilities: the first and the last that the kernels are for, and the first with FP8 cores.
+FIRST, FP8, LAST = (8, 0), (8, 9), (9, 0)
 
 
 def capability() -> tuple[int, int] | None:

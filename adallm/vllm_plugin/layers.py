@@ -25,7 +25,6 @@ from adallm.vllm_plugin.weights import COMPRESSED_TENSORS, MODELOPT, Names
 
 logger = logging.getLogger("vllm.adallm")
 
-
 _NAMES = {"bf16": "W4A16", "fp8": "W4A8", "auto": "W4A16, W4A8 for many tokens"}
 
 
@@ -40,8 +39,6 @@ class _Ours:
         self._settings = Settings.read(getattr(config, "additional_config", None))
         capability = compat.capability()
         self._activations = self._settings.kind(capability)
-        if self._activations == "auto" and (capability is None or capability < (8, 9)):
-            self._activations = "bf16"
         self._where = "reference on a CPU" if capability is None else "Triton"
         self._report = Report(config)
 
@@ -78,6 +75,7 @@ class _Ours:
                     "ADALLM_ALLOW_FALLBACK=1 vLLM's own kernel runs such layers"
                 )
             method = stock()
+            logger.warning("adallm: %s is %s; vLLM's %s runs it", prefix, reason, type(method).__name__)
             self._report.moved(self._row(layer), (f"NVFP4 {_kind(layer)}", f"vLLM {type(method).__name__}", reason))
             return method
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from adallm.vllm_plugin.compat import FP8
+
 ACTIVATIONS = ("auto", "bf16", "fp8")
 LM_HEADS = ("checkpoint", "nvfp4")
 _BOOLEANS = {"1": True, "true": True, "0": False, "false": False, "": False}
@@ -62,14 +64,16 @@ class Settings:
         return cls(choice("activations", ACTIVATIONS), choice("lm_head", LM_HEADS), fallback)
 
     def kind(self, capability: tuple[int, int] | None) -> str:
-        """Of ``linear.NVFP4Linear``, on a GPU of this capability; None for a CPU.
+        """What ``linear.NVFP4Linear`` is asked for on a GPU of this capability; None for a CPU. Where there are no FP8
+        cores, ``"auto"`` is ``"bf16"``.
 
         Raises:
             ValueError: FP8 activations where there are no FP8 cores.
         """
-        if self.activations == "fp8" and capability is not None and capability < (8, 9):
+        cores = capability is not None and capability >= FP8
+        if self.activations == "fp8" and capability is not None and not cores:
             raise ValueError(
                 f"ADALLM_ACTIVATIONS is fp8, and this GPU is sm_{capability[0]}{capability[1]}; it has no FP8 cores, "
                 "which came with sm_89. Supported here: bf16, auto"
             )
-        return self.activations
+        return "bf16" if self.activations == "auto" and not cores else self.activations
