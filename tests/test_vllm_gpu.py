@@ -85,7 +85,7 @@ def test_greedy_words_are_the_references(quantized, form):
         options["kv_cache_dtype"] = "fp8"
     found, log = generated(quantized, **options)
     assert (found["quantization"], found["backends"]) == ("adallm", ["CUSTOM"])
-    assert "adallm decode, vLLM Triton prefill" in log
+    assert "adallm decode, vLLM FlashAttention" in log
     assert_greedy(found, quantized, form)
 
 

@@ -1,6 +1,7 @@
 """The plugin inside vLLM itself, on a CPU: what is taken over, loaded, computed and refused."""
 
 import importlib.metadata
+import itertools
 import json
 import shutil
 import types
@@ -8,6 +9,7 @@ import types
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn import functional
 
 from adallm import checkpoint, evaluate, nvfp4, vllm_plugin
 from adallm.nvfp4 import NVFP4Tensor
@@ -553,8 +555,16 @@ def test_what_the_backend_takes(monkeypatch):
     assert not Impl(32, 64, 0.125, 1, None, None, "auto")._ours
 
 
-def test_a_step_is_split(monkeypatch):
+def split(monkeypatch, queries, lengths):
+    """What the builder makes of a step, and where its tokens begin."""
     from adallm.vllm_plugin import attention
+
+    starts = torch.tensor([0, *queries]).cumsum(0).int()
+    common = types.SimpleNamespace(
+        num_reqs=len(queries), num_actual_tokens=sum(queries), max_query_len=max(queries), query_start_loc=starts,
+        query_start_loc_cpu=starts, seq_lens=torch.tensor(lengths), seq_lens_cpu_upper_bound=torch.tensor(lengths),
+        block_table=torch.arange(len(queries))[:, None], slot_mapping=torch.arange(sum(queries)),
+    )  # fmt: skip
 
     def built(self, *args):
         return attention.TritonAttentionMetadata(**{name: getattr(common, name, None) for name in TRITON_FIELDS})
@@ -562,29 +572,96 @@ def test_a_step_is_split(monkeypatch):
     monkeypatch.setattr(attention.TritonAttentionMetadataBuilder, "build", built)
     builder = object.__new__(attention.MetadataBuilder)
     builder._workspace, builder.reorder_batch_threshold = None, 3
-    for queries, expected in (
-        ([1, 1, 1], (3, 1)),
-        ([3, 3, 7, 9], (2, 3)),
-        ([1, 1, 5], (2, 1)),
-        ([7, 9], (0, 0)),
-        ([3, 2], (1, 3)),
-    ):
-        starts = torch.tensor([0, *queries]).cumsum(0).int()
-        common = types.SimpleNamespace(
-            num_reqs=len(queries), num_actual_tokens=sum(queries), max_query_len=max(queries), query_start_loc=starts,
-            query_start_loc_cpu=starts, seq_lens=torch.arange(len(queries)),
-            block_table=torch.arange(len(queries))[:, None], slot_mapping=torch.arange(sum(queries)),
-        )  # fmt: skip
-        step = builder.build(0, common)
-        decodes, tokens = expected[0], expected[0] * expected[1]
-        assert (step.decodes, step.queries) == expected
-        if not decodes or sum(queries) == tokens:
-            assert step.rest is None
-        else:
-            assert step.rest.num_actual_tokens == sum(queries) - tokens
-            assert step.rest.query_start_loc.tolist() == (starts[decodes:] - tokens).tolist()
-            assert step.rest.seq_lens.tolist() == list(range(decodes, len(queries)))
-            assert step.rest.slot_mapping.tolist() == list(range(tokens, sum(queries)))
+    return builder.build(0, common), starts
+
+
+@pytest.mark.parametrize(
+    ("queries", "lengths", "decodes", "count", "first"),
+    [
+        ([1, 1, 1], [9, 9, 9], 3, 1, None),
+        ([3, 3, 7, 9], [8, 8, 9, 9], 2, 3, 3),
+        ([1, 1, 5], [1, 1, 5], 2, 1, 2),
+        ([7, 9], [7, 9], 0, 0, 0),
+        ([7, 9], [7, 10], 0, 0, None),
+        ([7, 9, 4, 4], [8, 9, 4, 4], 0, 0, 1),
+        ([3, 2], [4, 5], 1, 3, None),
+    ],
+)
+def test_a_step_is_split(monkeypatch, queries, lengths, decodes, count, first):
+    step, starts = split(monkeypatch, queries, lengths)
+    assert (step.decodes, step.queries) == (decodes, count)
+
+    def assert_part(part, begin, end):
+        a, b = int(starts[begin]), int(starts[end])
+        assert part.num_actual_tokens == b - a
+        assert part.query_start_loc.tolist() == (starts[begin : end + 1] - a).tolist()
+        assert part.seq_lens.tolist() == lengths[begin:end]
+        assert part.block_table[:, 0].tolist() == list(range(begin, end))
+        assert part.slot_mapping.tolist() == list(range(a, b))
+
+    if decodes == len(queries):
+        assert step.prompts is step.beginning is step.continued is None
+        return
+    assert_part(step.prompts, decodes, len(queries))
+    if first is None:
+        assert step.beginning is None
+        assert step.continued is step.prompts
+        return
+    begins = step.beginning
+    assert (begins.first, begins.first_token, begins.tokens) == (first, starts[first], sum(queries[first:]))
+    assert begins.starts.tolist() == (starts[first:] - starts[first]).tolist()
+    assert begins.longest == max(queries[first:])
+    if first == decodes:
+        assert step.continued is None
+    else:
+        assert_part(step.continued, decodes, first)
+
+
+@pytest.mark.parametrize("flash", [True, False])
+def test_who_runs_what_of_a_mixed_step(monkeypatch, flash):
+    """Decodes, a prompt that goes on and two that begin; in FlashAttention's place what it computes, in torch."""
+    from adallm.vllm_plugin import attention, prefill
+
+    queries, lengths = [1, 1, 6, 5, 8], [40, 17, 20, 5, 8]
+    step, _ = split(monkeypatch, queries, lengths)
+    kv, table, step.seq_lens, q, k, v = attention_step(lengths, queries)
+    step.block_table, step.prompts.block_table, step.continued.block_table = table, table[2:], table[2:3]
+    out = torch.full((21, 6, 64), float("nan")).bfloat16()
+    triton = []
+
+    def forward(self, layer, query, key, value, cache, part, output, *_):
+        triton.append(part)
+        assert query.shape == output.shape == (part.num_actual_tokens, 6, 64)
+        output.fill_(7.0)
+
+    def varlen(*, q, k, v, out, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, causal, softmax_scale, window_size, **_):
+        assert torch.equal(cu_seqlens_q, cu_seqlens_k)
+        assert (causal, softmax_scale, window_size, max_seqlen_q) == (True, 0.125, [15, 0], 8)
+        for a, b in itertools.pairwise(cu_seqlens_q.tolist()):
+            one = [x[a:b].transpose(0, 1).float() for x in (q, k, v)]
+            out[a:b] = functional.scaled_dot_product_attention(*one, is_causal=True, enable_gqa=True).transpose(0, 1)
+
+    monkeypatch.setattr(attention.TritonAttentionImpl, "forward", forward)
+    if flash:
+        monkeypatch.setattr(prefill, "version", lambda *_, **__: 3)
+        monkeypatch.setattr("vllm.v1.attention.backends.fa_utils.flash_attn_varlen_func", varlen, raising=False)
+    made = implementation(16)
+    made.forward(LAYER, q, k, v, kv.view(torch.uint8), step, out)
+    assert not out.isnan().any()
+    (part,) = triton
+    if not flash:
+        assert made.runs == "adallm decode, vLLM Triton prefill"
+        assert part is step.prompts
+        assert (out[2:] == 7.0).all()
+        return
+    assert made.runs == "adallm decode, vLLM FlashAttention 3 prefill, Triton behind a prefix"
+    assert part is step.continued
+    assert (out[2:8] == 7.0).all()
+    assert not (out[:2] == 7.0).any()
+    expected = functional.scaled_dot_product_attention(
+        *(x[13:].transpose(0, 1).float() for x in (q, k, v)), is_causal=True, enable_gqa=True
+    )
+    assert torch.equal(out[13:], expected.transpose(0, 1).bfloat16())
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
-"""vLLM's attention backend ``CUSTOM``: our cache write and decode attention, vLLM's Triton kernel for prefill.
+"""vLLM's attention backend ``CUSTOM``: our cache write and decode attention, vLLM's kernels for prefill.
 
-In a step, sequences with the same few query tokens come first and are ours; those behind them, prefills, are vLLM's.
+In a step, sequences with the same few query tokens come first and are ours; those behind them are prompts. Those that
+begin in the step and come last are FlashAttention's (``prefill.py``), and the ones before them vLLM's Triton kernel's.
 The cache has vLLM's layout, keys and values of a head side by side, which ours read by strides. Queries stay in 16
 bits. Full CUDA graphs hold decode steps, speculative ones included.
 """
@@ -25,7 +26,9 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from adallm.attention import Workspace, paged_decode, write_kv
 from adallm.paged import BLOCK_SIZES, HEAD_SIZES, MAX_GQA, MAX_QUERIES
+from adallm.vllm_plugin import prefill
 from adallm.vllm_plugin.compat import FIRST, LAST
+from adallm.vllm_plugin.prefill import Beginning, FlashAttention, beginning
 from adallm.vllm_plugin.settings import Settings
 
 
@@ -36,13 +39,17 @@ class Metadata(TritonAttentionMetadata):
     Attributes:
         decodes: sequences that are ours, the first ones, each with ``queries`` query tokens.
         workspace: for our kernel.
-        rest: of the sequences behind them; None if all are ours, or none.
+        prompts: of the sequences behind them; None if there are none.
+        beginning: the last of those, as far as they begin in this step; None if they do not.
+        continued: of the prompts before ``beginning``; None if there are none.
     """
 
     decodes: int = 0
     queries: int = 0
     workspace: Workspace | None = None
-    rest: TritonAttentionMetadata | None = None
+    prompts: TritonAttentionMetadata | None = None
+    beginning: Beginning | None = None
+    continued: TritonAttentionMetadata | None = None
 
 
 class MetadataBuilder(TritonAttentionMetadataBuilder):
@@ -71,23 +78,33 @@ class MetadataBuilder(TritonAttentionMetadataBuilder):
         )
         starts = common_attn_metadata.query_start_loc_cpu
         queries = int(starts[1] - starts[0]) if decodes else 0
-        rest = None
-        if prefills and decodes:
-            rest = replace(
-                step,
-                num_actual_tokens=step.num_actual_tokens - tokens,
-                query_start_loc=step.query_start_loc[decodes:] - tokens,
-                seq_lens=step.seq_lens[decodes:],
-                block_table=step.block_table[decodes:],
-                slot_mapping=step.slot_mapping[tokens:],
-            )
-        return Metadata(**vars(step), decodes=decodes, queries=queries, workspace=self._workspace, rest=rest)
+        found = Metadata(**vars(step), decodes=decodes, queries=queries, workspace=self._workspace)
+        if prefills:
+            found.prompts = _part(step, decodes, common_attn_metadata.num_reqs, tokens, step.num_actual_tokens)
+            found.beginning = begins = beginning(common_attn_metadata, decodes)
+            if begins is None:
+                found.continued = found.prompts
+            elif begins.first > decodes:
+                found.continued = _part(step, decodes, begins.first, tokens, begins.first_token)
+        return found
 
     def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> Metadata:
         step = self.build(0, common_attn_metadata)
         # The shortest that there is; the longest would make a capture slow.
         step.seq_lens.fill_(max(step.queries, 1))
         return step
+
+
+def _part(step: TritonAttentionMetadata, first: int, end: int, first_token: int, end_token: int) -> Any:
+    """Of some sequences of a step, and their tokens."""
+    return replace(
+        step,
+        num_actual_tokens=end_token - first_token,
+        query_start_loc=step.query_start_loc[first : end + 1] - first_token,
+        seq_lens=step.seq_lens[first:end],
+        block_table=step.block_table[first:end],
+        slot_mapping=step.slot_mapping[first_token:end_token],
+    )
 
 
 class Impl(TritonAttentionImpl):
@@ -110,6 +127,11 @@ class Impl(TritonAttentionImpl):
                 f"chunk_lookback {self.chunk_lookback}; supported: up to {MAX_GQA} query heads for a KV head, none of "
                 "the other two. With ADALLM_ALLOW_FALLBACK=1 vLLM's Triton kernel runs such layers"
             )
+        # What another layer has left in the cache is not in this one's keys and values.
+        alone = self._ours and self.kv_sharing_target_layer_name is None
+        given = {"alibi": self.alibi_slopes is not None, "sinks": self.sinks is not None}
+        self._version = prefill.version(head_size, **given) if alone else None
+        self._flash: FlashAttention | None = None
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
         """Our kernel writes 16 bits."""
@@ -122,6 +144,18 @@ class Impl(TritonAttentionImpl):
             self._sinks = self.sinks.detach().float()
         if self.alibi_slopes is not None:
             self._slopes = self.alibi_slopes.to(current_platform.device_type)
+        if self._version is not None:
+            given = (self.scale, self.sliding_window, self.logits_soft_cap)
+            self._flash = FlashAttention(self._version, *given, alibi=self._slopes, sinks=self.sinks)
+
+    @property
+    def runs(self) -> str:
+        """What runs this layer, in a few words."""
+        if not self._ours:
+            return "vLLM Triton"
+        if self._version is None:
+            return "adallm decode, vLLM Triton prefill"
+        return f"adallm decode, vLLM FlashAttention {self._version} prefill, Triton behind a prefix"
 
     def _caches(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values ``[num_blocks, block_size, Hkv, D]`` of vLLM's ``[num_blocks, Hkv, block_size, 2 D]``."""
@@ -150,8 +184,21 @@ class Impl(TritonAttentionImpl):
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
         step = attn_metadata
-        if step is None or not self._ours or not step.decodes:
+        if step is None or not self._ours:
             return super().forward(layer, query, key, value, kv_cache, step, output, output_scale, output_block_scale)
+        if step.decodes:
+            self._decode(layer, query, kv_cache, step, output)
+        begins = step.beginning if self._flash is not None else None
+        others = step.continued if begins is not None else step.prompts
+        if others is not None:
+            first = step.decodes * step.queries
+            of = slice(first, first + others.num_actual_tokens)
+            super().forward(layer, query[of], key[of], value[of], kv_cache, others, output[of])
+        if begins is not None:
+            self._flash(query, key, value, output, begins)
+        return output
+
+    def _decode(self, layer: Any, query: Tensor, kv_cache: Tensor, step: Metadata, output: Tensor) -> None:
         tokens = step.decodes * step.queries
         k_cache, v_cache = self._caches(kv_cache)
         shape = (step.decodes, step.queries, self.num_heads, self.head_size)
@@ -170,10 +217,6 @@ class Impl(TritonAttentionImpl):
             out=output[:tokens].view(shape),
             workspace=step.workspace,
         )
-        if step.rest is not None:
-            rest = slice(tokens, tokens + step.rest.num_actual_tokens)
-            super().forward(layer, query[rest], key[rest], value[rest], kv_cache, step.rest, output[rest])
-        return output
 
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor

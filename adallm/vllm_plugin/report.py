@@ -65,7 +65,7 @@ class Report:
 def _attention(layer: Any, backend: Any) -> tuple[str, str]:
     cache = f"KV cache {getattr(layer, 'kv_cache_dtype', 'auto')}"
     if backend.__module__.startswith("adallm."):
-        return "adallm decode, vLLM Triton prefill", cache
+        return layer.impl.runs, cache
     if current_platform.is_cpu():
         return f"vLLM {backend.get_name()}", cache
     return f"vLLM {backend.get_name()}", f"{cache}; --attention-backend CUSTOM has adallm's"
