@@ -57,7 +57,7 @@ def beginning(step: Any, decodes: int) -> Beginning | None:
 
 
 def version(head_size: int, *, alibi: bool, sinks: bool) -> int | None:
-    """Of the FlashAttention that runs a layer; None on a CPU, where it is not installed, and for what it does not compute:
+    """Of the FlashAttention that runs a layer; None on a CPU, where there is none, and for what it does not compute:
     version 3 takes no ALiBi slopes, and 2 no sinks.
     """
     if not current_platform.is_cuda():
