@@ -5,6 +5,8 @@ import random
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from paged_step import E4M3, OPTIONS, caches, step
 
 from adallm.attention import paged_decode_reference, write_kv_reference
@@ -16,7 +18,7 @@ from adallm.paged import HEAD_SIZES, Shape, check_decode
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def run(q, k_cache, v_cache, table, lengths, *, groups, n=16, **options):
+def run(q, k_cache, v_cache, table, lengths, *, groups, n=16, whole=1, **options):
     names = ("window", "soft_cap", "sinks", "alibi_slopes")
     k_scale, v_scale = options.get("k_scale", 1.0), options.get("v_scale", 1.0)
     checked = [options.get(name, 0.0 if name == "soft_cap" else None) for name in names]
@@ -25,7 +27,7 @@ def run(q, k_cache, v_cache, table, lengths, *, groups, n=16, **options):
     programs = groups * decode_choice.tiles(shape)
     partial = torch.full((decode_choice.workspace_floats(shape, programs),), float("nan"), device=q.device)
     arrivals = torch.zeros(3 * programs, dtype=torch.int32, device=q.device)
-    config = Config(n, 4, 3, 1, parts=64)
+    config = Config(n, 4, 3, 1, parts=64, whole=whole)
     given = {"programs": programs, "partial": partial, "arrivals": arrivals, "scale": q.shape[-1] ** -0.5}
     decode.launch(q, k_cache, v_cache, table, lengths, out, shape, config, **given, **options)
     assert not arrivals.any()
@@ -110,6 +112,34 @@ def test_the_same_for_any_number_of_groups_but_rounding_and_from_run_to_run():
         out = run(*given, groups=groups)
         assert torch.equal(out, run(*given, groups=groups))
         assert error(out, first) <= 4e-3
+
+
+@pytest.mark.parametrize(("count", "groups", "whole", "used"), [
+    (4, 17, 1, 16),  # four to a sequence
+    (4, 9, 1, 9),  # too many would be left out
+    (16, 17, 1, 16),
+    (16, 17, 0, 17),
+    (32, 17, 1, 17),
+    (32, 17, 2, 16),  # two sequences each
+    (33, 17, 2, 17),
+])  # fmt: skip
+def test_sequences_of_one_length_are_shared_along_their_ends(count, groups, whole, used):
+    assert int(decode_whole(groups, count, whole)) == used
+    given = [x.to(DEVICE) for x in step([130] * count)[:5]]
+    expected = paged_decode_reference(*given, scale=64**-0.5)
+    assert error(run(*given, groups=groups, whole=whole), expected) <= 4e-3
+
+
+def decode_whole(groups, batch, whole):
+    """``decode._whole`` of sequences of one length, by a kernel."""
+    out = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    whole_kernel[(1,)](out, groups, batch, WHOLE=whole)
+    return out
+
+
+@triton.jit
+def whole_kernel(out, groups, batch, WHOLE: tl.constexpr):
+    tl.store(out + tl.arange(0, 1), decode._whole(groups, batch, batch > 0, WHOLE))
 
 
 @pytest.mark.parametrize("seed", range(25))

@@ -81,6 +81,8 @@ def environment(impl: Impl, given: Mapping[str, str]) -> dict[str, str]:
     kept = {name: value for name, value in given.items() if not name.startswith("ADALLM_")}
     # The model is on the disk, and nobody is told of it.
     kept |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    # Greedy sampling does not use it, and the first implementation on a machine would compile it for all.
+    kept["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
     return kept if impl.ours else kept | {"ADALLM_DISABLE": "1"}
 
 

@@ -3,8 +3,8 @@
 The query heads of a KV head, for the query tokens of a sequence, are the rows of one tile, or of several. Work is
 counted in steps of ``N`` tokens of one sequence. A fixed number of groups of programs, one for each tile of a sequence,
 shares the steps of all sequences evenly, whatever the lengths are at the time: one long sequence is split among all,
-and many short ones are several to each. Each program sums up the lengths itself, so that a CUDA graph keeps working
-when they change.
+and many short ones are several to each. Sequences that are all as long are shared along their ends, where that fits.
+Each program sums up the lengths itself, so that a CUDA graph keeps working when they change.
 
 A program goes through its steps backwards. Of a tile that it shares with other groups it leaves maxima and sums in the
 workspace. One that joins parts waits for those before it alone, which were launched before it; the order is fixed.
@@ -76,6 +76,17 @@ def _weighed(logits, m):
     return m_2, tl.exp2(m - at), tl.exp2(logits - at[:, None])
 
 
+@triton.jit
+def _whole(groups, batch, equal, WHOLE: tl.constexpr):
+    """How many groups share sequences that are as long: so few that each has sequences of its own, or a part of one, if
+    hardly any is left out for it. To begin and to end a tile once more takes longer than to go on for a few steps.
+    """
+    sequences = (batch + groups - 1) // groups
+    fewer = tl.where(sequences == 1, groups // batch * batch, batch // sequences)
+    fits = equal & (sequences <= WHOLE) & (batch % sequences == 0) & (fewer * 16 >= groups * 15)
+    return tl.where(fits, fewer, groups)
+
+
 @triton.jit(do_not_specialize=["batch", "parts", "scale", "soft_cap", "window"])
 def paged_decode_kernel(
     q,
@@ -119,6 +130,7 @@ def paged_decode_kernel(
     ROWS: tl.constexpr,
     PARTS: tl.constexpr,
     BATCH: tl.constexpr,
+    WHOLE: tl.constexpr,
     EIGHT: tl.constexpr,
     SCALES: tl.constexpr,
     CAP: tl.constexpr,
@@ -163,6 +175,8 @@ def paged_decode_kernel(
     # those that wait count on each before them.
     worth = tl.maximum(parts * batch, all_steps // 4)
     groups = tl.minimum(tl.minimum(tl.num_programs(0) // tiles, all_steps), worth)
+    if BATCH > 1:
+        groups = _whole(groups, batch, (tl.max(steps) * batch == all_steps), WHOLE)
     share = all_steps // groups
     more = all_steps - share * groups
     start = group * share + group * more // groups
@@ -382,6 +396,7 @@ def launch(
         ROWS=joined,
         PARTS=min(max(_NUMBERS * config.warps // (joined * columns), 1), TEAM.value),
         BATCH=most_sequences(shape.batch),
+        WHOLE=config.whole,
         EIGHT=k_cache.itemsize == 1,
         SCALES=kind_of(k_scale),
         CAP=soft_cap > 0,
@@ -390,6 +405,5 @@ def launch(
         FAST=q.device.type != "cpu",
         num_warps=config.warps,
         num_stages=config.stages,
-        # Left alone the compiler aims at more blocks than are launched, and spills for it.
-        maxnreg=255,
+        maxnreg=config.registers,
     )

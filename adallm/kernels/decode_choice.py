@@ -22,6 +22,9 @@ class Config:
             have s steps on their way.
         programs: blocks for each multiprocessor, which share all steps.
         parts: of a sequence on the average, that are made before each has 4 steps.
+        whole: where all sequences are as long and blocks would share tiles of them, some blocks are left out so that
+            each has tiles, or parts of one, of its own; but not for more than so many tiles to a block.
+        registers: of a thread, at the most.
     """
 
     n: int
@@ -29,23 +32,27 @@ class Config:
     stages: int
     programs: int
     parts: int
+    whole: int = 1
+    # Left alone the compiler aims at more blocks than are launched, and spills for it.
+    registers: int = 255
 
 
-# By rows of a tile: heads of up to 128 columns, and of up to 256, each for one sequence and for several, all in E4M3;
-# 16 bits take half the tokens. Those of 16 rows for "sm_90" were chosen by times on an H100 of which there is no
-# record. The others were not timed; those for "sm_89", which serves "sm_80" too, compile without spills into 99 KB of
-# shared memory.
+FEW = 64
+# By rows of a tile: heads of up to 128 columns, and of up to 256, each for one sequence, for up to FEW and for more. All
+# are for E4M3; 16 bits take half the tokens. Those of 16 rows for "sm_90" were chosen by times on an H100 of which
+# there is no record. The others were not timed; those for "sm_89", which serves "sm_80" too, compile without spills
+# into 99 KB of shared memory.
 TABLES = {
     "sm_90": {
         16: (
-            (Config(64, 4, 5, 2, 8), Config(128, 4, 5, 2, 16)),
-            (Config(64, 8, 5, 1, 128), Config(32, 4, 5, 2, 128)),
+            (Config(64, 4, 5, 2, 8), Config(128, 4, 5, 2, 16), Config(64, 4, 5, 3, 16, registers=168)),
+            (Config(64, 8, 5, 1, 128), Config(64, 8, 5, 1, 128), Config(32, 4, 5, 2, 128, whole=2)),
         ),
-        32: ((Config(32, 4, 5, 2, 16),) * 2, (Config(32, 8, 5, 1, 128),) * 2),
+        32: ((Config(32, 4, 5, 2, 16),) * 3, (Config(32, 8, 5, 1, 128),) * 3),
     },
     "sm_89": {
-        16: ((Config(64, 4, 5, 2, 16),) * 2, (Config(64, 8, 5, 1, 128),) * 2),
-        32: ((Config(32, 4, 5, 2, 16),) * 2, (Config(32, 8, 5, 1, 128),) * 2),
+        16: ((Config(64, 4, 5, 2, 16),) * 3, (Config(64, 8, 5, 1, 128),) * 3),
+        32: ((Config(32, 4, 5, 2, 16),) * 3, (Config(32, 8, 5, 1, 128),) * 3),
     },
 }
 
@@ -57,7 +64,8 @@ def choose(shape: Shape, itemsize: int, family: str) -> Config:
         itemsize: bytes of an element of the cache.
         family: of ``choice.GPU``.
     """
-    config = TABLES.get(family, TABLES["sm_89"])[rows(shape)][shape.head_size > 128][shape.batch > 1]
+    several = (shape.batch > 1) + (shape.batch > FEW)
+    config = TABLES.get(family, TABLES["sm_89"])[rows(shape)][shape.head_size > 128][several]
     return dataclasses.replace(config, n=config.n // itemsize)
 
 
@@ -69,7 +77,7 @@ def programs(shape: Shape, itemsize: int, gpu: GPU) -> int:
 
 def most_programs(shape: Shape, itemsize: int, gpu: GPU) -> int:
     """Of a launch with as many query tokens or fewer, and any number of sequences."""
-    sizes = itertools.product((1, 2), range(1, shape.queries + 1))
+    sizes = itertools.product((1, 2, FEW + 1), range(1, shape.queries + 1))
     return max(programs(dataclasses.replace(shape, batch=b, queries=t), itemsize, gpu) for b, t in sizes)
 
 
