@@ -38,8 +38,8 @@ class Config:
 
 
 FEW = 64
-# By rows of a tile: heads of up to 128 columns, and of up to 256, each for one sequence, for up to FEW and for more. All
-# are for E4M3; 16 bits take half the tokens. Those of 16 rows for "sm_90" were chosen by times on an H100 of which
+# By rows of a tile: heads of up to 128 columns, and of up to 256; each for one sequence, for up to FEW and for more.
+# All are for E4M3; 16 bits take half the tokens. Those of 16 rows for "sm_90" were chosen by times on an H100 of which
 # there is no record. The others were not timed; those for "sm_89", which serves "sm_80" too, compile without spills
 # into 99 KB of shared memory.
 TABLES = {
