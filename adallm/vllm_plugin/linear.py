@@ -52,7 +52,7 @@ class NVFP4Layer:
     def process(self, layer: nn.Module) -> None:
         weight = self.weights.collect(layer, dummy=self.dummy)
         layer.nvfp4 = NVFP4Linear(weight, _own_bias(layer), activations=self.activations)
-        self.report.processed()
+        self.report.processed(layer.nvfp4)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
         return _applied(layer, x, bias, self.prefix)
@@ -176,7 +176,7 @@ class AdaLLMHeadMethod(UnquantizedEmbeddingMethod):
         # Of a head that is tied to the embeddings they keep theirs.
         del layer.weight
         layer.nvfp4 = NVFP4Linear(weight, _own_bias(layer))
-        self._report.processed()
+        self._report.processed(layer.nvfp4)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return _applied(layer, x, bias, self._prefix)

@@ -1,4 +1,4 @@
-"""One table at start-up: for each kind of layer, which kernel runs it and why."""
+"""One table at start-up: for each kind of layer, which kernel runs it and why. Then all are known, and compiled."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
 from adallm import text
+from adallm.linear import NVFP4Linear
+from adallm.vllm_plugin import ahead
 
 logger = logging.getLogger("vllm.adallm")
 
@@ -23,6 +25,7 @@ class Report:
         self._config = config
         self._rows: Counter[tuple[str, str, str]] = Counter()
         self._left = 0
+        self._linear: list[NVFP4Linear] = []
 
     def add(self, kind: str, kernel: str, reason: str, *, ours: bool = False) -> None:
         """A layer.
@@ -39,11 +42,14 @@ class Report:
         self._rows[new] += 1
         self._left -= 1
 
-    def processed(self) -> None:
+    def processed(self, linear: NVFP4Linear) -> None:
         """One of our layers has its weights in place."""
+        self._linear.append(linear)
         self._left -= 1
         if not self._left:
             self._log()
+            ahead.start(self._config, self._linear)
+            self._linear.clear()
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """As they are logged, attention included."""

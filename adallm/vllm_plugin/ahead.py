@@ -1,0 +1,340 @@
+"""Kernels compiled ahead: in processes of their own, into Triton's cache on disk, while vLLM compiles the model.
+
+Triton compiles a kernel where it is launched first. Of ours that is while CUDA graphs are captured, one size after the
+other, so that a first start would take longer by all of them. These processes have no context on the GPU, which vLLM
+measures the memory of. What they have not compiled by then, or for other arguments, is compiled as ever.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adallm.linear import NVFP4Linear
+from adallm.paged import BLOCK_SIZES, MAX_QUERIES
+from adallm.vllm_plugin import compat
+
+PROCESSES = 8  # at the most
+_MANY = 1024  # tokens up to which each number may have a kernel of its own
+
+logger = logging.getLogger("vllm.adallm")
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """A size of ``NVFP4Linear``, on this rank."""
+
+    n: int
+    k: int
+    activations: str
+    bias: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """Decode attention of a kind of layer, on this rank.
+
+    Attributes:
+        fp8: the cache is E4M3.
+        queries: query tokens of a sequence in a step.
+        width: blocks of a sequence in the block table.
+    """
+
+    q_heads: int
+    kv_heads: int
+    head_size: int
+    block: int
+    fp8: bool
+    queries: int
+    width: int
+    window: bool
+    soft_cap: bool
+    sinks: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a model launches.
+
+    Attributes:
+        capability: of the GPU.
+        family, sms, slug: of ``choice.GPU``.
+        dtype: ``"bfloat16"`` or ``"float16"``.
+        tokens, sequences: of a step, at the most.
+    """
+
+    capability: tuple[int, int]
+    family: str
+    sms: int
+    slug: str
+    dtype: str
+    tokens: int
+    sequences: int
+    linear: tuple[Linear, ...]
+    attention: tuple[Attention, ...]
+
+
+def start(config: Any, linear: Iterable[NVFP4Linear]) -> None:
+    """Begin with what the model of an engine launches; on a GPU, and for the first of its ranks.
+
+    Args:
+        config: ``VllmConfig``, or None.
+    """
+    capability = compat.capability()
+    if config is None or capability is None or config.parallel_config.rank:
+        return
+    from adallm.kernels import choice
+
+    gpu = choice.gpu(torch.cuda.current_device())
+    scheduler = config.scheduler_config
+    job = Job(
+        capability,
+        gpu.family,
+        gpu.sms,
+        gpu.slug,
+        str(config.model_config.dtype).removeprefix("torch."),
+        scheduler.max_num_batched_tokens,
+        scheduler.max_num_seqs,
+        tuple(dict.fromkeys(Linear(x.out_features, x.in_features, x.activations, x.bias is not None) for x in linear)),
+        tuple(dict.fromkeys(_attention(config))),
+    )
+    if run(job) is not None:
+        logger.info("adallm: compiles kernels ahead, in processes of their own")
+
+
+def _attention(config: Any) -> Iterator[Attention]:
+    block, model = config.cache_config.block_size, config.model_config
+    queries = 1 + (getattr(config, "num_speculative_tokens", 0) or 0)
+    for layer in config.compilation_config.static_forward_context.values():
+        backend, impl = getattr(layer, "attn_backend", None), getattr(layer, "impl", None)
+        if backend is None or not backend.__module__.startswith("adallm.") or block not in BLOCK_SIZES:
+            continue
+        yield Attention(
+            impl.num_heads,
+            impl.num_kv_heads,
+            impl.head_size,
+            block,
+            impl.kv_cache_dtype.startswith("fp8"),
+            queries if queries <= MAX_QUERIES else 1,
+            -(-model.max_model_len // block),
+            impl.sliding_window[0] >= 0,
+            impl.logits_soft_cap > 0,
+            impl.sinks is not None,
+        )
+
+
+def run(job: Job) -> subprocess.Popen[str] | None:
+    """Compile beside this process, and end with it; None where there is no core to spare."""
+    if len(os.sched_getaffinity(0)) < 2:
+        return None
+    process = subprocess.Popen(
+        [sys.executable, "-m", __name__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    process.stdin.write(json.dumps(dataclasses.asdict(job)) + "\n")
+    process.stdin.flush()
+    threading.Thread(target=process.wait, name="adallm-ahead", daemon=True).start()
+    return process
+
+
+class _Driver:
+    """In the place of Triton's: a GPU to compile for, which need not be there."""
+
+    def __init__(self, capability: tuple[int, int]) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self._target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
+
+    def get_current_target(self) -> Any:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+Launch = tuple[Callable[..., Any], dict[str, Any]]
+
+
+def launches(job: Job) -> Iterator[Launch]:
+    """Launchers and their arguments, on ``meta`` tensors, each kernel once."""
+    seen = set()
+    for size in job.linear:
+        for key, launch in _of_linear(job, size):
+            if key not in seen:
+                seen.add(key)
+                yield launch
+    for kind in job.attention:
+        yield from _of_attention(job, kind)
+
+
+def _of_linear(job: Job, size: Linear) -> Iterator[tuple[tuple[Any, ...], Launch]]:
+    from adallm.kernels import choice, matmul, ops
+    from adallm.kernels.expand import KINDS, expand
+    from adallm.kernels.layout import TILE_K, TILE_N, padded
+    from adallm.kernels.quantize import quantize_tokens
+
+    gpu, dtype, fp8 = choice.GPU(job.family, job.sms, job.slug), getattr(torch, job.dtype), size.activations == "fp8"
+    n, k = size.n, padded(1, size.k)[1] if fp8 else size.k
+    rows, columns = padded(n, k)
+    tiles = (rows // TILE_N, columns // TILE_K)
+    words, scales = (_meta(*tiles, *last, dtype=torch.int32) for last in ((32, 4), (8, 2)))
+    of_rows, shift = _meta(n, dtype=torch.float32), _meta(n, dtype=torch.uint8)
+    of_8 = dtype if not fp8 else torch.float8_e4m3fn
+    bias = _meta(n, dtype=dtype) if size.bias else None
+    for m in _tokens(job.tokens):
+        auto = size.activations == "auto" and ops.in_fp8(m, dtype, size.bias, gpu)
+        if fp8 or auto:
+            yield ("tokens", size.k, auto), (quantize_tokens, {"x": _meta(m, size.k, dtype=dtype), "ordered": auto})
+        config = None if auto else ops.chosen(m, n, k, KINDS[of_8], dtype, size.bias, gpu)
+        if config is None:
+            given = {"words": words, "scales": scales, "shift": shift, "n": n, "k": k}
+            given |= {"dtype": torch.float8_e4m3fn, "of_16": True} if auto else {"dtype": of_8}
+            yield ("expand", auto, fp8), (expand, given)
+            continue
+        given = {"x": _meta(m, k, dtype=of_8), "words": words, "scales": scales, "row_scale": of_rows, "bias": bias}
+        given |= {"out": _meta(m, n, dtype=dtype), "config": config, "x_scale": None}
+        given["x_scale"] = _meta(m, dtype=torch.float32) if fp8 else None
+        given["arrivals"] = _meta(choice.MAX_SPLIT_TILES, dtype=torch.int32)
+        # What of sizes and configuration the compiler sees; that some are multiples of 16 it sees too, and all are.
+        parts = matmul.constants(config, given["x"], given["out"])
+        even, promoted = k % (config.slices * config.k) == 0, matmul.promote(config, k) if fp8 else 0
+        options = (config.slices, config.warps, config.stages, config.overlap, even, promoted, size.bias)
+        yield ("product", *parts.values(), *options), (ops.launcher(config), given)
+
+
+def _tokens(most: int) -> Iterable[int]:
+    yield from range(1, min(most, _MANY) + 1)
+    m = 2 * _MANY
+    while m <= most:
+        yield m
+        m *= 2
+
+
+def _of_attention(job: Job, kind: Attention) -> Iterator[Launch]:
+    from adallm.kernels import choice, decode, decode_choice, write_kv
+    from adallm.paged import Shape
+
+    gpu, dtype, d = choice.GPU(job.family, job.sms, job.slug), getattr(torch, job.dtype), kind.head_size
+    stored = _meta(64, kind.block, kind.kv_heads, 2 * d, dtype=torch.float8_e4m3fn if kind.fp8 else dtype)
+    k_cache, v_cache = stored.split(d, dim=-1)
+    of_head = _meta(kind.q_heads, dtype=torch.float32) if kind.sinks else None
+    batch = 1
+    batches = [size for size in (2, decode_choice.FEW + 1) if size <= job.sequences]
+    while batch < job.sequences:
+        batches.append(batch)
+        batch *= 4
+    batches.append(job.sequences)
+    seen = set()
+    for batch in batches:
+        shape = Shape(batch, kind.queries, kind.q_heads, kind.kv_heads, d, kind.width, kind.block)
+        config = decode_choice.choose(shape, stored.itemsize, gpu.family)
+        if (key := (config, decode_choice.most_sequences(batch))) in seen:
+            continue
+        seen.add(key)
+        programs = decode_choice.programs(shape, stored.itemsize, gpu)
+        q = _meta(batch, kind.queries, kind.q_heads, d, dtype=dtype)
+        given = {
+            "q": q,
+            "k_cache": k_cache,
+            "v_cache": v_cache,
+            "block_table": _meta(batch, kind.width, dtype=torch.int32),
+            "seq_lens": _meta(batch, dtype=torch.int32),
+            "out": q,
+            "shape": shape,
+            "config": config,
+            "programs": programs,
+            "partial": _meta(decode_choice.workspace_floats(shape, programs), dtype=torch.float32),
+            "arrivals": _meta(3 * programs, dtype=torch.int32),
+            "scale": d**-0.5,
+            "window": 1024 if kind.window else None,
+            "soft_cap": 30.0 if kind.soft_cap else 0.0,
+            "sinks": of_head,
+        }
+        yield decode.launch, given
+    new = _meta(16, kind.kv_heads, d, dtype=dtype)
+    given = {"k": new, "v": new, "k_cache": k_cache, "v_cache": v_cache, "slot_mapping": _meta(16, dtype=torch.int64)}
+    yield write_kv.launch, given
+
+
+def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def compile_one(job: Job, launch: Launch) -> None:
+    """As Triton would at a launch, into its cache."""
+    from adallm.sm89.build import replaced
+
+    launcher, given = launch
+
+    def warm_up(fn: Any, grid: Any, *args: Any, **kwargs: Any) -> None:
+        if "EARLY" in fn.arg_names:
+            kwargs["EARLY"] = job.family == "sm_90"
+        fn.warmup(*args, grid=grid, **kwargs)
+
+    with replaced(launcher, warm_up):
+        launcher(**given)
+
+
+def read(line: str) -> Job:
+    """A job from the JSON of its fields."""
+    fields = json.loads(line)
+    fields["capability"] = tuple(fields["capability"])
+    fields["linear"] = tuple(Linear(**entry) for entry in fields["linear"])
+    fields["attention"] = tuple(Attention(**entry) for entry in fields["attention"])
+    return Job(**fields)
+
+
+def _end_with(stream: Any) -> None:
+    stream.read()
+    os.killpg(0, signal.SIGKILL)
+
+
+def main() -> int:
+    """Of a job on standard input, whose end is the end of this process and of those that it has started."""
+    job = read(sys.stdin.readline())
+    from triton.runtime import driver
+
+    driver.set_active(_Driver(job.capability))
+    todo = list(launches(job))
+    processes = min(PROCESSES, len(os.sched_getaffinity(0)) // 2, len(todo))
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    for index in [*range(len(todo)), *[None] * processes]:
+        queue.put(index)
+    workers = [context.Process(target=_work, args=(job, todo, queue)) for _ in range(processes)]
+    for worker in workers:
+        worker.start()
+    threading.Thread(target=_end_with, args=(sys.stdin,), daemon=True).start()
+    for worker in workers:
+        worker.join()
+    return 0
+
+
+def _work(job: Job, todo: list[Launch], queue: Any) -> None:
+    for index in iter(queue.get, None):
+        try:
+            compile_one(job, todo[index])
+        except Exception as error:
+            print(f"adallm: {todo[index][0].__module__} was not compiled ahead: {error}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
