@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -112,7 +113,8 @@ def test_options_that_vllm_has():
 def test_environment():
     given = {"PATH": "p", "ADALLM_ACTIVATIONS": "bf16", "ADALLM_DISABLE": "1"}
     for name, impl in IMPLS.items():
-        found = _e2e_impls.environment(impl, given)
+        found = _e2e_impls.environment(impl, given, Path("/caches"))
+        assert found["TRITON_CACHE_DIR"] == "/caches/triton"
         assert (found["PATH"], found.get("ADALLM_DISABLE")) == ("p", None if name in OURS else "1")
         assert "ADALLM_ACTIVATIONS" not in found
 
@@ -474,7 +476,7 @@ def test_the_worker_on_a_cpu(tmp_path, monkeypatch, name, said):
     if said:
         # Of another implementation.
         expected = expected | {"linear": "MarlinNvFp4"}
-    worker = Process(_e2e_impls.environment(impl, os.environ), tmp_path / "log")
+    worker = Process(_e2e_impls.environment(impl, os.environ, tmp_path / "caches"), tmp_path / "log")
     try:
         job = {"model": str(tmp_path / "m"), "options": options, "expected": expected}
         if said:

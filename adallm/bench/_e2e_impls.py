@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 MAX_LEN = 8448  # tokens of a sequence: the longest prompt, 8192, and what is generated
@@ -76,13 +77,19 @@ def options(impl: Impl) -> dict[str, Any]:
     return common | ({"kv_cache_dtype": "fp8"} if impl.quantized else {}) | dict(impl.options)
 
 
-def environment(impl: Impl, given: Mapping[str, str]) -> dict[str, str]:
-    """Of the process that runs an implementation: ``given``, without what it says to the plugin."""
+def environment(impl: Impl, given: Mapping[str, str], caches: Path) -> dict[str, str]:
+    """Of the process that runs an implementation: ``given``, without what it says to the plugin.
+
+    Args:
+        caches: where it keeps what it compiles, so that it finds nothing of others'.
+    """
     kept = {name: value for name, value in given.items() if not name.startswith("ADALLM_")}
     # The model is on the disk, and nobody is told of it.
     kept |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    # Greedy sampling does not use it, and the first implementation on a machine would compile it for all.
+    # Greedy sampling does not use FlashInfer's, which takes minutes to compile.
     kept["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
+    for name in ("TRITON_CACHE_DIR", "VLLM_CACHE_ROOT", "FLASHINFER_WORKSPACE_BASE"):
+        kept[name] = str(caches / name.partition("_")[0].lower())
     return kept if impl.ours else kept | {"ADALLM_DISABLE": "1"}
 
 

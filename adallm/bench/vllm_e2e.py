@@ -9,7 +9,7 @@ fails in this has no rows, and its reason is in ``absent``.
 ``decode_tok_s``   new tokens a second of a whole call that generates 128 after each of ``batch`` prompts of 32
 ``long_tok_s``     of one prompt of 8192: the 128 tokens behind the first, by the time of a call that ends with that
 ``prefill_tok_s``  prompt tokens a second of a call with 8 prompts of 2048 that generates one token for each
-``start_s``        until the engine is made, what it compiles on a machine's first start included
+``start_s``        until the engine is made, with empty caches: what it compiles is part of it
 ``weights_gib``    what vLLM counts as the model's memory
 ``peak_gib``       the most that PyTorch allocates during the call of ``prefill_tok_s``, without the KV cache
 =================  ===================================================================================================
@@ -164,7 +164,8 @@ class Workers:
         job = {"model": str(model), "options": _e2e_impls.options(impl), "expected": dict(impl.expected)}
         self._impl = name
         print(f"{name}: starting", flush=True)
-        self._process = self._make(_e2e_impls.environment(impl, os.environ), self._folder / f"{name}.log")
+        environment = _e2e_impls.environment(impl, os.environ, self._folder / f"{name} caches")
+        self._process = self._make(environment, self._folder / f"{name}.log")
         try:
             self._started = self._process.ask(job)
         except WorkerError as error:
