@@ -164,7 +164,7 @@ class Workers:
         job = {"model": str(model), "options": _e2e_impls.options(impl), "expected": dict(impl.expected)}
         self._impl = name
         print(f"{name}: starting", flush=True)
-        environment = _e2e_impls.environment(impl, os.environ, self._folder / f"{name} caches")
+        environment = _e2e_impls.environment(impl, os.environ, self._folder / f"{name}-caches")
         self._process = self._make(environment, self._folder / f"{name}.log")
         try:
             self._started = self._process.ask(job)

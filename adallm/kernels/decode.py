@@ -25,6 +25,7 @@ from torch import Tensor
 from adallm.kernels.decode_choice import Config, most_sequences, rows
 from adallm.kernels.decode_join import LOG2E, TEAM, join, out_scale
 from adallm.kernels.dequant import to_e4m3, token_scale
+from adallm.kernels.keys import fix_keys
 from adallm.paged import Scale, Shape, kind_of
 
 # Numbers of parts that a warp loads at a time.
@@ -407,3 +408,6 @@ def launch(
         num_stages=config.stages,
         maxnreg=config.registers,
     )
+
+
+fix_keys(globals())

@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from adallm.kernels.keys import fix_keys
+
 LOG2E = tl.constexpr(1.4426950408889634)
 # Parts that one program joins, or less for the last; more are joined in two levels.
 TEAM = tl.constexpr(8)
@@ -161,3 +163,6 @@ def join(
                 column = column % (DP // 2) * 2 + column // (DP // 2)
             at = token[:, None] * out_t + of_head[:, None] * out_h + column[None, :]
             tl.store(out + at, acc.to(out.dtype.element_ty), mask=in_row[:, None] & (column < D)[None, :])
+
+
+fix_keys(globals())

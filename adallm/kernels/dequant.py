@@ -15,6 +15,7 @@ import re
 import triton
 import triton.language as tl
 
+from adallm.kernels.keys import fix_keys
 from adallm.kernels.layout import MAGNITUDE_BIT, SIGN_BIT
 from adallm.kernels.layout import SCALE_BIAS as _BIAS
 
@@ -351,3 +352,6 @@ def to_dtype(x, dtype: tl.constexpr, FAST: tl.constexpr):
     bits = x.to(tl.int32, bitcast=True)
     rounded = bits + 0x7FFF + ((bits >> 16) & 1)
     return (tl.where(x == x, rounded, bits | 0x400000) & -65536).to(tl.float32, bitcast=True).to(dtype)
+
+
+fix_keys(globals())

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from adallm.kernels.dequant import VALUE_POWER, fours, operand, to_dtype, to_e4m3, values
+from adallm.kernels.keys import fix_keys
 from adallm.kernels.layout import Packed, padded
 
 KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float8_e4m3fn: "fp8"}
@@ -98,3 +99,6 @@ def fp8_values(p: Packed) -> Tensor:
         raise ValueError("the weight is stored for 16-bit products; its FP8 values need one for FP8 products")
     weight = expand(p.words, p.scales, p.shift, p.n, padded(p.n, p.k)[1], torch.float8_e4m3fn)
     return weight.float().mul_(p.row_scale[:, None] * VALUE_POWER.value)
+
+
+fix_keys(globals())

@@ -22,6 +22,7 @@ from triton.language.extra.cuda import gdc_wait
 
 from adallm.kernels import dequant, matmul
 from adallm.kernels.hopper_weights import weights
+from adallm.kernels.keys import fix_keys
 from adallm.kernels.matmul import Config, arguments, blocks, constants, promote, shares
 
 _ASM_PACK = gl.constexpr(matmul._ASM_PACK.value)
@@ -357,3 +358,6 @@ def launch(
         num_warps=config.warps,
         launch_pdl=x_scale is not None and config.m == 256,
     )
+
+
+fix_keys(globals())

@@ -7,6 +7,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from adallm.kernels import dequant
+from adallm.kernels.keys import fix_keys
 
 _ASM_BF16 = gl.constexpr(dequant._ASM_BF16.value)
 _ASM_FP16 = gl.constexpr(dequant._ASM_FP16.value)
@@ -107,3 +108,6 @@ def weights(words, scales, R: gl.constexpr, C: gl.constexpr, W: gl.constexpr, KI
     v = v.permute([0, 6, 2, 1, 5, 3, 4, 7, 8] if KIND == "fp8" else [0, 7, 2, 1, 5, 6, 3, 4, 8])
     fragment: gl.constexpr = gl.DotOperandLayout(0, MMA, 4 if KIND == "fp8" else 2)
     return gl.convert_layout(v.reshape([R * 16, C * 64]), fragment, assert_trivial=True)
+
+
+fix_keys(globals())

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from adallm.kernels.dequant import VALUE_POWER, check_registers, operand, to_dtype
 from adallm.kernels.expand import KINDS
+from adallm.kernels.keys import fix_keys
 from adallm.kernels.layout import TILE_K, TILE_N
 
 
@@ -331,3 +332,6 @@ def launch(
     if x.is_cuda and kernel.hash not in _CHECKED:
         check_registers(kernel.asm["ttgir"])
         _CHECKED.add(kernel.hash)
+
+
+fix_keys(globals())

@@ -16,6 +16,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from adallm.fp8 import INPUT_DTYPES
 from adallm.kernels import choice
 from adallm.kernels.dequant import fp8_order, to_e4m3, token_scale
+from adallm.kernels.keys import fix_keys
 from adallm.kernels.layout import padded
 
 # Longest row that a block keeps in registers, and longest piece of a longer one, which it reads again for each pass:
@@ -156,3 +157,6 @@ def quantize_tokens(
         num_warps=max(block // 512, 1) if k <= block else min(block // 256, 16),
     )
     return data, scale
+
+
+fix_keys(globals())

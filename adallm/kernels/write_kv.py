@@ -8,6 +8,7 @@ from torch import Tensor
 
 from adallm.formats import E4M3_MAX
 from adallm.kernels.dequant import to_e4m3, token_scale
+from adallm.kernels.keys import fix_keys
 from adallm.paged import Scale, kind_of
 
 _MAX = tl.constexpr(E4M3_MAX)
@@ -126,3 +127,6 @@ def launch(
         FAST=k.device.type != "cpu",
         num_warps=min(max(rows * columns // 256, 1), 8),
     )
+
+
+fix_keys(globals())
