@@ -37,6 +37,14 @@ def test_the_tables_of_kernels_are_those_of_the_records():
         assert README.partition(f"<!-- {name} -->\n")[2].partition(f"<!-- end {name} -->")[0].strip() == table
 
 
+def test_what_is_said_of_bandwidth_is_in_the_record():
+    rows = results.read(RESULTS / "attention" / "h100-80gb-hbm3.json")["rows"]
+    (read,) = [row["tb_s"] for row in rows if row["impl"] == "read"]
+    shares = [row["tb_s"] / read for row in rows if row["impl"] == "adallm" and row["tokens_read"] >= 1 << 18]
+    assert len(shares) > 20
+    assert f"at {int(100 * min(shares))} to {round(100 * max(shares))}% of the bandwidth" in " ".join(README.split())
+
+
 def test_what_is_said_of_the_projection_is_in_the_record():
     rows = results.read(RESULTS / "sm89" / "h100-80gb-hbm3.json")["rows"]
     said = " ".join(README.split())
