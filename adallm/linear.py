@@ -78,6 +78,68 @@ class DenseLinear(ReferenceLinear):
         return self.weight.float()
 
 
+class FP8Linear(ReferenceLinear):
+    """A weight in E4M3 with an FP32 scale for each row, times activations in E4M3 with one for each token (W8A8).
+
+    On a CPU it computes the reference. On a CUDA GPU, from sm_89 on, activations are quantized by our kernel, and the
+    product is that of a library, in BF16.
+
+    Args:
+        weight: ``data`` ``[N, K]``, N and K multiples of 16, and ``scale`` ``[N, 1]``, of ``fp8.quantize`` by row.
+
+    Raises:
+        ValueError: other sizes or scales.
+    """
+
+    def __init__(self, weight: fp8.FP8Tensor, bias: Tensor | None = None) -> None:
+        n, k = weight.shape
+        if n % 16 or k % 16 or weight.scale.shape != (n, 1):
+            raise ValueError(
+                f"the weight is {[n, k]} with scales {list(weight.scale.shape)}; supported: multiples of 16, a scale "
+                "for each row"
+            )
+        super().__init__(k, n, bias, "fp8")
+        self.register_buffer("data", weight.data)
+        self.register_buffer("scale", weight.scale)
+
+    def dense_weight(self) -> Tensor:
+        return fp8.dequantize(fp8.FP8Tensor(self.data, self.scale))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.is_cuda:
+            return super().forward(x)
+        if x.dtype != torch.bfloat16 or x.shape[-1] != self.in_features or x.device != self.data.device:
+            raise ValueError(
+                f"x is {x.dtype} {list(x.shape)} on {x.device}; supported on a GPU: bfloat16 [..., {self.in_features}] "
+                f"on {self.data.device}"
+            )
+        from adallm.kernels import ops  # noqa: F401, registers the operator
+
+        tokens, of_tokens = torch.ops.adallm.fp8_tokens(x.reshape(-1, self.in_features), None, 0.0, False, True)
+        out = torch._scaled_mm(
+            tokens,
+            self.data.t(),
+            scale_a=of_tokens[:, None],
+            scale_b=self.scale.view(1, -1),
+            out_dtype=x.dtype,
+            # The fast sums of Hopper keep 14 bits.
+            use_fast_accum=False,
+        )
+        if self.bias is not None:
+            out += self.bias
+        return out.view(*x.shape[:-1], self.out_features)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FP8Linear:
+        """Devices change; ``.to(torch.bfloat16)`` must change neither weight nor scales."""
+
+        def moved(t: Tensor) -> Tensor:
+            result = fn(t)
+            return result if t is bias or result.dtype == t.dtype else t.to(result.device)
+
+        bias = self.bias
+        return super()._apply(moved, recurse)
+
+
 class NVFP4Linear(ReferenceLinear):
     """A linear layer whose only copy of the weight is the packed one.
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from adallm import fp8, nvfp4
-from adallm.linear import ACTIVATIONS, DenseLinear, NVFP4Linear
+from adallm.linear import ACTIVATIONS, DenseLinear, FP8Linear, NVFP4Linear
 
 
 def layer(n=48, k=64, *, bias=False, activations="bf16", seed=0):
@@ -29,6 +29,24 @@ def test_equals_the_product_in_fp64(dtype, bias, activations, shape):
     assert y.shape == (*shape[:-1], 48)
     tolerance = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 1e-6}[dtype]
     assert (y.double() - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_weight_in_fp8(bias):
+    g = torch.Generator().manual_seed(3)
+    stored = fp8.quantize(torch.randn(48, 64, generator=g), granularity="row")
+    b = torch.randn(48, generator=g) if bias else None
+    linear = FP8Linear(stored, b).to(torch.bfloat16)
+    assert (linear.data.dtype, linear.scale.dtype) == (torch.float8_e4m3fn, torch.float32)
+    x = torch.randn(2, 3, 64, generator=g).bfloat16()
+    expected = fp8.qdq(x.float()).double() @ fp8.dequantize(stored).double().T + (0 if b is None else b.double())
+    y = linear(x)
+    assert y.dtype == torch.bfloat16
+    assert (y.double() - expected).norm() <= 2**-8 * expected.norm()
+    with pytest.raises(ValueError, match=r"\[24, 64\].*multiples of 16, a scale for each row"):
+        FP8Linear(fp8.quantize(torch.randn(24, 64), granularity="row"))
+    with pytest.raises(ValueError, match=r"scales \[\].*a scale for each row"):
+        FP8Linear(fp8.quantize(torch.randn(48, 64)))
 
 
 def test_a_global_scale_for_each_row_equals_the_shards_apart():

@@ -5,7 +5,7 @@ import torch
 
 from adallm import fp8, nvfp4
 from adallm.kernels import choice, layout, ops
-from adallm.linear import NVFP4Linear
+from adallm.linear import FP8Linear, NVFP4Linear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GPU = choice.GPU("sm_90", 4, "test")
@@ -200,6 +200,20 @@ def test_auto():
     assert error(auto(many), eight(many).double()) <= 3e-3
     assert torch.equal(torch.compile(auto, fullgraph=True)(many), auto(many))
     assert auto.nbytes == exact.nbytes
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 5, 64, 300])
+def test_a_weight_in_fp8(m):
+    if not fp8_cores():
+        pytest.skip("needs FP8 cores")
+    stored = fp8.quantize(torch.randn(1536, 1024), granularity="row")
+    bias = torch.randn(1536).bfloat16()
+    reference, linear = FP8Linear(stored, bias), FP8Linear(stored, bias).to("cuda")
+    x = torch.randn(m, 1024).bfloat16()
+    assert error(linear(x.cuda()).cpu(), reference(x).double()) <= 5e-3
+    with pytest.raises(ValueError, match=r"float16 .*supported on a GPU: bfloat16"):
+        linear(x.cuda().half())
 
 
 def fp8_cores():

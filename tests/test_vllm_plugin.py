@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
-from adallm import checkpoint, evaluate, nvfp4, vllm_plugin
+from adallm import checkpoint, evaluate, fp8, nvfp4, vllm_plugin
 from adallm.nvfp4 import NVFP4Tensor
 from adallm.vllm_plugin.settings import Settings
 
@@ -228,8 +228,11 @@ def test_settings():
     assert [Settings("auto").kind(c) for c in (None, (8, 6), (8, 9), (9, 0))] == ["bf16", "bf16", "auto", "auto"]
     assert {Settings("bf16").kind(c) for c in (None, (8, 6), (8, 9))} == {"bf16"}
     assert Settings("fp8").kind((9, 0)) == Settings("fp8").kind(None) == "fp8"
-    with pytest.raises(ValueError, match="sm_86; it has no FP8 cores"):
+    with pytest.raises(ValueError, match=r"ACTIVATIONS is fp8.*sm_86; it has no FP8 cores.*bf16, auto"):
         Settings("fp8").kind((8, 6))
+    assert Settings("bf16", "fp8").kind((8, 9)) == "bf16"
+    with pytest.raises(ValueError, match=r"LM_HEAD is fp8.*sm_80; it has no FP8 cores.*checkpoint, nvfp4"):
+        Settings("bf16", "fp8").kind((8, 0))
 
 
 def damaged(source, target, damage):
@@ -439,11 +442,15 @@ def test_a_layer_that_ours_does_not_run(quantized, layout, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_quantized_head(quantized, monkeypatch):
-    monkeypatch.setenv("ADALLM_LM_HEAD", "nvfp4")
+@pytest.mark.parametrize("kind", ["nvfp4", "fp8"])
+def test_a_quantized_head(quantized, monkeypatch, kind):
+    monkeypatch.setenv("ADALLM_LM_HEAD", kind)
     llm = engine(quantized / "modelopt")
-    head, embedding = model_of(llm).lm_head, model_of(llm).model.embed_tokens
-    assert torch.equal(nvfp4.dequantize(head.nvfp4.weight), nvfp4.dequantize(nvfp4.quantize(embedding.weight.data)))
+    head, dense = model_of(llm).lm_head, model_of(llm).model.embed_tokens.weight.data
+    if kind == "nvfp4":
+        assert torch.equal(nvfp4.dequantize(head.nvfp4.weight), nvfp4.dequantize(nvfp4.quantize(dense)))
+    else:
+        assert torch.equal(head.fp8.dense_weight(), fp8.dequantize(fp8.quantize(dense, granularity="row")))
     (first, *_) = generated(llm)
     assert torch.isfinite(first[1]).all()
 

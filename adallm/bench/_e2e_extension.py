@@ -86,5 +86,7 @@ def _names(layers: Iterable[nn.Module]) -> list[str]:
 def _kernel(layer: nn.Module) -> str:
     if (ours := getattr(layer, "nvfp4", None)) is not None:
         return "adallm W4A8" if ours.activations == "fp8" else "adallm W4A16"
+    if hasattr(layer, "fp8"):
+        return "adallm W8A8"
     kernel = getattr(layer.quant_method, "kernel", None)
     return type(layer.quant_method if kernel is None else kernel).__name__

@@ -25,6 +25,7 @@ from adallm.vllm_plugin.weights import COMPRESSED_TENSORS, MODELOPT, Names
 
 logger = logging.getLogger("vllm.adallm")
 
+_HEADS = {"nvfp4": "W4A16", "fp8": "W8A8"}
 _NAMES = {"bf16": "W4A16", "fp8": "W4A8", "auto": "W4A16, W4A8 for many tokens"}
 
 
@@ -48,9 +49,12 @@ class _Ours:
         if (ours := self._ours(layer, prefix, method)) is not None:
             self._report.add(*self._row(layer), ours=True)
             return ours
-        if isinstance(layer, ParallelLMHead) and self._settings.lm_head == "nvfp4" and _is_dense(method):
-            self._report.add("lm_head", f"adallm W4A16, {self._where}", "lm_head nvfp4: quantized here", ours=True)
-            return linear.AdaLLMHeadMethod(prefix, self._report)
+        kind = self._settings.lm_head
+        if isinstance(layer, ParallelLMHead) and kind in _HEADS and _is_dense(method):
+            self._report.add(
+                "lm_head", f"adallm {_HEADS[kind]}, {self._where}", f"lm_head {kind}: quantized here", ours=True
+            )
+            return linear.AdaLLMHeadMethod(kind, prefix, self._report)
         if isinstance(layer, RoutedExperts):
             logger.info("adallm: the experts of %s run on vLLM's %s", prefix, type(method).__name__)
             self._report.add("experts", f"vLLM {type(method).__name__}", "adallm has no kernel for experts")

@@ -16,9 +16,9 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsScheme
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
-from adallm import nvfp4
+from adallm import fp8, nvfp4
 from adallm.formats import NVFP4_BLOCK
-from adallm.linear import NVFP4Linear
+from adallm.linear import FP8Linear, NVFP4Linear
 from adallm.vllm_plugin.report import Report
 from adallm.vllm_plugin.weights import Names, Weights, shard_names
 
@@ -55,7 +55,7 @@ class NVFP4Layer:
         self.report.processed(layer.nvfp4)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
-        return _applied(layer, x, bias, self.prefix)
+        return _applied(layer.nvfp4, x, bias, self.prefix)
 
 
 def unsupported(columns: int, partitions: list[int]) -> str | None:
@@ -65,10 +65,10 @@ def unsupported(columns: int, partitions: list[int]) -> str | None:
     return None
 
 
-def _applied(layer: nn.Module, x: Tensor, bias: Tensor | None, prefix: str) -> Tensor:
-    if (bias is None) != (layer.nvfp4.bias is None):
+def _applied(linear: NVFP4Linear | FP8Linear, x: Tensor, bias: Tensor | None, prefix: str) -> Tensor:
+    if (bias is None) != (linear.bias is None):
         raise ValueError(f"{prefix} is called {'without' if bias is None else 'with'} its bias")
-    return layer.nvfp4(x)
+    return linear(x)
 
 
 def _own_bias(layer: nn.Module) -> Tensor | None:
@@ -166,17 +166,24 @@ class AdaLLMNVFP4Scheme(CompressedTensorsScheme):
 
 
 class AdaLLMHeadMethod(UnquantizedEmbeddingMethod):
-    """An ``lm_head`` of 16 bits that is quantized to NVFP4 when it is loaded, and multiplied as W4A16."""
+    """An ``lm_head`` of 16 bits that is quantized when it is loaded: to NVFP4 (W4A16) or FP8 (W8A8).
 
-    def __init__(self, prefix: str, report: Report) -> None:
-        self._prefix, self._report = prefix, report
+    Args:
+        kind: ``"nvfp4"`` or ``"fp8"``.
+    """
+
+    def __init__(self, kind: str, prefix: str, report: Report) -> None:
+        self._kind, self._prefix, self._report = kind, prefix, report
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        weight = nvfp4.quantize(layer.weight.data)
+        dense, bias = layer.weight.data, _own_bias(layer)
         # Of a head that is tied to the embeddings they keep theirs.
         del layer.weight
-        layer.nvfp4 = NVFP4Linear(weight, _own_bias(layer))
-        self._report.processed(layer.nvfp4)
+        if self._kind == "nvfp4":
+            layer.nvfp4 = NVFP4Linear(nvfp4.quantize(dense), bias)
+        else:
+            layer.fp8 = FP8Linear(fp8.quantize(dense, granularity="row"), bias)
+        self._report.processed(getattr(layer, "nvfp4", None))
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return _applied(layer, x, bias, self._prefix)
+        return _applied(layer.nvfp4 if self._kind == "nvfp4" else layer.fp8, x, bias, self._prefix)

@@ -42,9 +42,10 @@ class Report:
         self._rows[new] += 1
         self._left -= 1
 
-    def processed(self, linear: NVFP4Linear) -> None:
-        """One of our layers has its weights in place."""
-        self._linear.append(linear)
+    def processed(self, linear: NVFP4Linear | None) -> None:
+        """One of our layers has its weights in place; None for one that has kernels of a library."""
+        if linear is not None:
+            self._linear.append(linear)
         self._left -= 1
         if not self._left:
             self._log()

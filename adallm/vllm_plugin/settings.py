@@ -10,7 +10,7 @@ from typing import Any
 from adallm.vllm_plugin.compat import FP8
 
 ACTIVATIONS = ("auto", "bf16", "fp8")
-LM_HEADS = ("checkpoint", "nvfp4")
+LM_HEADS = ("checkpoint", "fp8", "nvfp4")
 _BOOLEANS = {"1": True, "true": True, "0": False, "false": False, "": False}
 
 
@@ -20,7 +20,7 @@ class Settings:
 
     Attributes:
         activations: ``"bf16"`` (W4A16), ``"fp8"`` (W4A8) or ``"auto"``, which chooses by the number of tokens.
-        lm_head: ``"nvfp4"`` to quantize an ``lm_head`` that the checkpoint has in 16 bits.
+        lm_head: ``"fp8"`` (W8A8) or ``"nvfp4"`` (W4A16) to quantize an ``lm_head`` that the checkpoint has in 16 bits.
         allow_fallback: whether layers that our kernels do not run may go to vLLM's.
     """
 
@@ -68,12 +68,16 @@ class Settings:
         cores, ``"auto"`` is ``"bf16"``.
 
         Raises:
-            ValueError: FP8 activations where there are no FP8 cores.
+            ValueError: FP8 activations, or an ``lm_head`` in FP8, where there are no FP8 cores.
         """
         cores = capability is not None and capability >= FP8
-        if self.activations == "fp8" and capability is not None and not cores:
-            raise ValueError(
-                f"ADALLM_ACTIVATIONS is fp8, and this GPU is sm_{capability[0]}{capability[1]}; it has no FP8 cores, "
-                "which came with sm_89. Supported here: bf16, auto"
-            )
+        for name, value, supported in (
+            ("ACTIVATIONS", self.activations, "bf16, auto"),
+            ("LM_HEAD", self.lm_head, "checkpoint, nvfp4"),
+        ):
+            if value == "fp8" and capability is not None and not cores:
+                raise ValueError(
+                    f"ADALLM_{name} is fp8, and this GPU is sm_{capability[0]}{capability[1]}; it has no FP8 cores, "
+                    f"which came with sm_89. Supported here: {supported}"
+                )
         return "bf16" if self.activations == "auto" and not cores else self.activations
