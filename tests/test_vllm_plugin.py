@@ -3,6 +3,7 @@
 import importlib.metadata
 import itertools
 import json
+import logging
 import shutil
 import types
 
@@ -439,6 +440,33 @@ def test_a_layer_that_ours_does_not_run(quantized, layout, monkeypatch):
         # A CPU has no NVFP4 kernel of vLLM's: it says so itself, now that it is asked.
         with pytest.raises(ValueError, match=r"(?i)nvfp4|kernel"):
             layer(made)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_experts_are_vllms(quantized, monkeypatch, caplog, layout):
+    """Said in one line, whatever the number of layers, and in the table."""
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+    from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
+
+    class FusedMoE:
+        pass
+
+    method = FusedMoE()
+    for stock in (ModelOptNvFp4Config, CompressedTensorsConfig):
+        monkeypatch.setattr(stock, "get_quant_method", lambda self, layer, prefix: method)
+    made = configured(json.loads((quantized / layout / "config.json").read_text())["quantization_config"])
+    logger = logging.getLogger("vllm.adallm")
+    monkeypatch.setattr(logger, "propagate", True)
+    monkeypatch.setattr(logger.parent, "propagate", True)
+    with caplog.at_level("INFO", "vllm.adallm"):
+        for i in range(3):
+            experts = torch.nn.Module.__new__(RoutedExperts)
+            torch.nn.Module.__init__(experts)
+            assert made.get_quant_method(experts, f"model.layers.{i}.mlp.experts") is method
+    (said,) = [record.getMessage() for record in caplog.records if record.name == "vllm.adallm"]
+    assert said == "adallm: experts, of model.layers.0.mlp.experts and other layers, run on vLLM's FusedMoE"
+    assert made._report.rows() == [("3", "experts", "vLLM FusedMoE", "adallm has no kernel for experts")]
 
 
 @pytest.mark.slow

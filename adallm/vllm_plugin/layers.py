@@ -42,6 +42,7 @@ class _Ours:
         self._activations = self._settings.kind(capability)
         self._where = "reference on a CPU" if capability is None else "Triton"
         self._report = Report(config)
+        self._experts: set[str] = set()  # methods of vLLM that were named in the log
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
         self._prepare()
@@ -56,8 +57,11 @@ class _Ours:
             )
             return linear.AdaLLMHeadMethod(kind, prefix, self._report)
         if isinstance(layer, RoutedExperts):
-            logger.info("adallm: the experts of %s run on vLLM's %s", prefix, type(method).__name__)
-            self._report.add("experts", f"vLLM {type(method).__name__}", "adallm has no kernel for experts")
+            name = type(method).__name__
+            if name not in self._experts:
+                logger.info("adallm: experts, of %s and other layers, run on vLLM's %s", prefix, name)
+            self._experts.add(name)
+            self._report.add("experts", f"vLLM {name}", "adallm has no kernel for experts")
         elif isinstance(layer, (LinearBase, ParallelLMHead)):
             why = "not quantized in the checkpoint" if _is_dense(method) else "another algorithm in the checkpoint"
             self._report.add(_kind(layer), f"vLLM {type(method).__name__}", why)
