@@ -22,6 +22,7 @@ Sources: PagedAttention (arXiv 2309.06180), sliding windows (2310.06825), soft c
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor
 
 from adallm import fp8
-from adallm.paged import Scale, Shape, check_decode, check_write
+from adallm.paged import Scale, Shape, check_decode, check_gather, check_write
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +90,53 @@ def write_kv(
 
     with torch.cuda.device_of(k):
         kernel.launch(k, v, k_cache, v_cache, slot_mapping, k_scale=k_scale, v_scale=v_scale)
+
+
+def gather_kv(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    starts: Tensor,
+    *,
+    tokens: int,
+    longest: int,
+    dtype: torch.dtype,
+    k_scale: Scale = 1.0,
+    v_scale: Scale = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of sequences, ``cache * scale``, one after the other, for attention that knows no pages.
+
+    Args:
+        k_cache, v_cache: ``[num_blocks, block_size, Hkv, D]``.
+        block_table: int32 ``[B, width]``.
+        starts: int32 ``[B + 1]``, where each sequence begins in the result; their differences are the lengths, which
+            nobody looks at: the table must hold them.
+        tokens: rows of the result, at least ``starts[-1]``; what lies behind that is not written.
+        longest: tokens of a sequence, at the most.
+        dtype: bfloat16 or float16.
+
+    Returns:
+        Keys and values ``[tokens, Hkv, D]``.
+
+    Raises:
+        ValueError: a shape, dtype, scale or device that does not fit.
+    """
+    check_gather(k_cache, v_cache, block_table, starts, dtype, k_scale, v_scale)
+    k, v = (k_cache.new_empty((tokens, *k_cache.shape[2:]), dtype=dtype) for _ in range(2))
+    if k_cache.is_cuda:
+        _check_gpu(k_cache)
+        from adallm.kernels import gather_kv as kernel
+
+        with torch.cuda.device_of(k):
+            kernel.launch(k_cache, v_cache, block_table, starts, longest, k, v, k_scale=k_scale, v_scale=v_scale)
+        return k, v
+    size = k_cache.shape[1]
+    for b, (start, stop) in enumerate(itertools.pairwise(starts.tolist())):
+        at = torch.arange(stop - start)
+        block = block_table[b].long()[at // size]
+        for x, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
+            x[start:stop] = (cache[block, at % size].float() * scale).to(dtype)
+    return k, v
 
 
 def paged_decode(

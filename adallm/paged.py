@@ -123,6 +123,33 @@ def check_write(
     _same_device(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
 
 
+def check_gather(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    starts: Tensor,
+    dtype: torch.dtype,
+    k_scale: Scale,
+    v_scale: Scale,
+) -> None:
+    """As ``check_decode``, for keys and values that are read back."""
+    _check_caches(k_cache, v_cache)
+    if dtype not in DTYPES or (k_cache.dtype != torch.float8_e4m3fn and k_cache.dtype != dtype):
+        raise ValueError(f"dtype is {dtype} and the cache {k_cache.dtype}; it must be the same, or float8_e4m3fn")
+    if starts.dim() != 1 or not starts.numel() or starts.dtype != torch.int32:
+        raise ValueError(f"starts is {starts.dtype} {list(starts.shape)}; it must be int32 [B + 1]")
+    batch = starts.numel() - 1
+    if block_table.dim() != 2 or block_table.shape[0] != batch or block_table.dtype != torch.int32:
+        raise ValueError(
+            f"block_table is {block_table.dtype} {list(block_table.shape)}; it must be int32 [{batch}, ...]"
+        )
+    _check_scales(k_cache, k_scale, v_scale)
+    if kind_of(k_scale) == "token":
+        raise ValueError("k_scale is for each token and head; supported: one number for a layer")
+    _check_strides(block_table=block_table, starts=starts)
+    _same_device(k_cache, v_cache, block_table, starts, k_scale, v_scale)
+
+
 def _check_caches(k_cache: Tensor, v_cache: Tensor) -> None:
     if k_cache.dim() != 4 or v_cache.shape != k_cache.shape or v_cache.dtype != k_cache.dtype:
         raise ValueError(

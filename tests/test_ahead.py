@@ -26,8 +26,8 @@ def names(job):
 def test_what_is_compiled():
     found = names(JOB)
     assert found.count("decode") == 5  # one sequence, up to 16, 64, 256 and 1024
-    assert {name: found.count(name) for name in ("write_kv", "expand", "quantize")} == {
-        "write_kv": 1, "expand": 1, "quantize": 2,
+    assert {name: found.count(name) for name in ("write_kv", "gather_kv", "expand", "quantize")} == {
+        "write_kv": 1, "gather_kv": 1, "expand": 1, "quantize": 2,
     }  # fmt: skip
     assert {"matmul", "hopper"} <= set(found)
     # Another layer of the same size needs nothing more, nor do bounds that lie closer.
@@ -67,7 +67,7 @@ def test_it_fills_the_cache(process):
     child, cache = process(few)
     assert child.wait(300) == 0
     compiled = {path.stem for path in cache.rglob("*.cubin")}
-    assert compiled == {"nvfp4_matmul", "paged_decode_kernel", "write_kv_kernel"}
+    assert compiled == {"nvfp4_matmul", "paged_decode_kernel", "write_kv_kernel", "gather_kv_kernel"}
 
 
 @pytest.mark.slow
@@ -115,7 +115,7 @@ def test_of_an_engine(monkeypatch):
 
 LAUNCH = """
 import sys, torch
-from adallm.attention import Workspace, paged_decode, write_kv
+from adallm.attention import gather_kv, paged_decode, write_kv
 from adallm.kernels import choice
 from adallm.linear import NVFP4Linear
 from adallm.nvfp4 import quantize
@@ -128,6 +128,8 @@ cache = torch.zeros(64, 16, 8, 256, device="cuda").to(torch.float8_e4m3fn)
 k_cache, v_cache = cache.split(128, dim=-1)
 new = torch.randn(16, 8, 128, device="cuda").bfloat16()
 write_kv(new, new, k_cache, v_cache, torch.arange(16, device="cuda"))
+starts, table = torch.tensor([0, 16], device="cuda").int(), torch.zeros(1, 528, dtype=torch.int32, device="cuda")
+gather_kv(k_cache, v_cache, table, starts, tokens=16, longest=16, dtype=torch.bfloat16)
 for batch in (1, 2, 16, 17, 64, 65, 256, 257, 1024):
     table = torch.zeros(batch, 528, dtype=torch.int32, device="cuda")
     q = torch.randn(batch, 32, 128, device="cuda").bfloat16()

@@ -640,7 +640,7 @@ def test_a_step_is_split(monkeypatch, queries, lengths, decodes, count, first):
     assert_part(step.prompts, decodes, len(queries))
     if first is None:
         assert step.beginning is None
-        assert step.continued is step.prompts
+        assert step.continued.step is step.prompts
         return
     begins = step.beginning
     assert (begins.first, begins.first_token, begins.tokens) == (first, starts[first], sum(queries[first:]))
@@ -649,10 +649,22 @@ def test_a_step_is_split(monkeypatch, queries, lengths, decodes, count, first):
     if first == decodes:
         assert step.continued is None
     else:
-        assert_part(step.continued, decodes, first)
+        assert_part(step.continued.step, decodes, first)
+        assert step.continued.starts.tolist() == torch.tensor([0, *lengths[decodes:first]]).cumsum(0).tolist()
+        assert step.continued.tokens == sum(lengths[decodes:first])
+        assert step.continued.longest == max(lengths[decodes:first])
 
 
-@pytest.mark.parametrize("flash", [True, False])
+def attention_of(q, k, v, window):
+    """``[tokens, heads, 64]`` in FP32, the queries being the last tokens."""
+    first = k.shape[0] - q.shape[0]
+    distance = torch.arange(first, k.shape[0])[:, None] - torch.arange(k.shape[0])[None, :]
+    q, k, v = (x.transpose(0, 1).float() for x in (q, k, v))
+    seen = (distance >= 0) & (distance < window)
+    return functional.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True).transpose(0, 1)
+
+
+@pytest.mark.parametrize("flash", ["all", "what begins", "none"])
 def test_who_runs_what_of_a_mixed_step(monkeypatch, flash):
     """Decodes, a prompt that goes on and two that begin; in FlashAttention's place what it computes, in torch."""
     from adallm.vllm_plugin import attention, prefill
@@ -660,7 +672,7 @@ def test_who_runs_what_of_a_mixed_step(monkeypatch, flash):
     queries, lengths = [1, 1, 6, 5, 8], [40, 17, 20, 5, 8]
     step, _ = split(monkeypatch, queries, lengths)
     kv, table, step.seq_lens, q, k, v = attention_step(lengths, queries)
-    step.block_table, step.prompts.block_table, step.continued.block_table = table, table[2:], table[2:3]
+    step.block_table, step.prompts.block_table, step.continued.step.block_table = table, table[2:], table[2:3]
     out = torch.full((21, 6, 64), float("nan")).bfloat16()
     triton = []
 
@@ -669,34 +681,41 @@ def test_who_runs_what_of_a_mixed_step(monkeypatch, flash):
         assert query.shape == output.shape == (part.num_actual_tokens, 6, 64)
         output.fill_(7.0)
 
-    def varlen(*, q, k, v, out, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, causal, softmax_scale, window_size, **_):
-        assert torch.equal(cu_seqlens_q, cu_seqlens_k)
-        assert (causal, softmax_scale, window_size, max_seqlen_q) == (True, 0.125, [15, 0], 8)
-        for a, b in itertools.pairwise(cu_seqlens_q.tolist()):
-            one = [x[a:b].transpose(0, 1).float() for x in (q, k, v)]
-            out[a:b] = functional.scaled_dot_product_attention(*one, is_causal=True, enable_gqa=True).transpose(0, 1)
+    def varlen(*, q, k, v, out, cu_seqlens_q, cu_seqlens_k, causal, softmax_scale, window_size, fa_version, **given):
+        assert (causal, softmax_scale, window_size, fa_version) == (True, 0.125, [15, 0], 3)
+        # Bounds, of which vLLM's metadata has that of the whole step.
+        assert given["max_seqlen_q"] == 8
+        assert given["max_seqlen_k"] == int(cu_seqlens_k.diff().max())
+        for (a, b), (c, d) in zip(
+            *map(itertools.pairwise, (cu_seqlens_q.tolist(), cu_seqlens_k.tolist())), strict=True
+        ):
+            out[a:b] = attention_of(q[a:b], k[c:d], v[c:d], 16)
 
     monkeypatch.setattr(attention.TritonAttentionImpl, "forward", forward)
-    if flash:
+    if flash != "none":
         monkeypatch.setattr(prefill, "version", lambda *_, **__: 3)
         monkeypatch.setattr("vllm.v1.attention.backends.fa_utils.flash_attn_varlen_func", varlen, raising=False)
+    if flash == "what begins":
+        monkeypatch.setattr(prefill, "MOST_BYTES", 19 * 2 * 2 * 2 * 64)
     made = implementation(16)
     made.forward(LAYER, q, k, v, kv.view(torch.uint8), step, out)
     assert not out.isnan().any()
-    (part,) = triton
-    if not flash:
+    assert not (out[:2] == 7.0).any()
+    if flash == "none":
         assert made.runs == "adallm decode, vLLM Triton prefill"
-        assert part is step.prompts
+        assert triton == [step.prompts]
         assert (out[2:] == 7.0).all()
         return
-    assert made.runs == "adallm decode, vLLM FlashAttention 3 prefill, Triton behind a prefix"
-    assert part is step.continued
-    assert (out[2:8] == 7.0).all()
-    assert not (out[:2] == 7.0).any()
-    expected = functional.scaled_dot_product_attention(
-        *(x[13:].transpose(0, 1).float() for x in (q, k, v)), is_causal=True, enable_gqa=True
-    )
-    assert torch.equal(out[13:], expected.transpose(0, 1).bfloat16())
+    assert "vLLM FlashAttention 3 prefill, Triton past" in made.runs
+    assert torch.equal(out[13:], attention_of(q[13:], k[13:], v[13:], 16).bfloat16())
+    if flash == "what begins":
+        assert triton == [step.continued.step]
+        assert (out[2:8] == 7.0).all()
+        return
+    assert triton == []
+    cached = kv[table[2].long()].transpose(1, 2).reshape(-1, 2, 128)[:20].float()
+    keys, values = (cached[..., :64] * 0.5).bfloat16(), (cached[..., 64:] * 2.0).bfloat16()
+    assert torch.equal(out[2:8], attention_of(q[2:8], keys, values, 16).bfloat16())
 
 
 @pytest.mark.slow

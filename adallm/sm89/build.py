@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
 
-from adallm.kernels import choice, decode, decode_choice, expand, hopper, matmul, ops, quantize, write_kv
+from adallm.kernels import choice, decode, decode_choice, expand, gather_kv, hopper, matmul, ops, quantize, write_kv
 from adallm.kernels.layout import TILE_K, TILE_N
 from adallm.paged import HEAD_SIZES, Shape
 
@@ -35,6 +35,7 @@ KERNEL: dict[Callable[..., Any], tuple[ModuleType, str]] = {
     quantize.quantize_tokens: (quantize, "fp8_tokens"),
     decode.launch: (decode, "paged_decode_kernel"),
     write_kv.launch: (write_kv, "write_kv_kernel"),
+    gather_kv.launch: (gather_kv, "gather_kv_kernel"),
 }
 Config = matmul.Config | decode_choice.Config
 # Of the kernels that have configurations.
@@ -186,6 +187,8 @@ def builds() -> list[Named]:
             found.append(_named(decode.launch, attention_kind(of, cache, what), given))
     for head_size, kind in itertools.product((64, 128, 256), ("fp8", "fp8 token scales", "bf16")):
         found.append(_named(write_kv.launch, f"{kind} {head_size}", _written(head_size, kind)))
+    for head_size, kind in itertools.product((64, 128, 256), ("fp8", "bf16")):
+        found.append(_named(gather_kv.launch, f"{kind} {head_size}", _gathered(head_size, kind)))
     return found
 
 
@@ -280,3 +283,10 @@ def _written(head_size: int, kind: str) -> dict[str, Any]:
     if kind.endswith("scales"):
         given |= dict.fromkeys(("k_scale", "v_scale"), _meta(*stored.shape[:3], dtype=torch.float32))
     return given
+
+
+def _gathered(head_size: int, kind: str) -> dict[str, Any]:
+    """What the launcher of ``gather_kv`` takes, on ``meta`` tensors."""
+    out, stored = _meta(100, 8, head_size), _meta(100, 16, 8, head_size, dtype=DTYPES[kind])
+    given = {"k": out, "v": out, "k_cache": stored, "v_cache": stored, "starts": _meta(5, dtype=torch.int32)}
+    return given | {"block_table": _meta(4, 16, dtype=torch.int32), "longest": 50, "k_scale": 1.0, "v_scale": 1.0}

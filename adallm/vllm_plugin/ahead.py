@@ -229,7 +229,7 @@ def _tokens(most: int) -> Iterable[int]:
 
 
 def _of_attention(job: Job, kind: Attention) -> Iterator[Launch]:
-    from adallm.kernels import choice, decode, decode_choice, write_kv
+    from adallm.kernels import choice, decode, decode_choice, gather_kv, write_kv
     from adallm.paged import Shape
 
     gpu, dtype, d = choice.GPU(job.family, job.sms, job.slug), getattr(torch, job.dtype), kind.head_size
@@ -272,6 +272,9 @@ def _of_attention(job: Job, kind: Attention) -> Iterator[Launch]:
     new = _meta(16, kind.kv_heads, d, dtype=dtype)
     given = {"k": new, "v": new, "k_cache": k_cache, "v_cache": v_cache, "slot_mapping": _meta(16, dtype=torch.int64)}
     yield write_kv.launch, given
+    given = {"k": new, "v": new, "k_cache": k_cache, "v_cache": v_cache, "starts": _meta(2, dtype=torch.int32)}
+    given |= {"block_table": _meta(1, kind.width, dtype=torch.int32), "longest": 16, "k_scale": 1.0, "v_scale": 1.0}
+    yield gather_kv.launch, given
 
 
 def _meta(*shape: int, dtype: torch.dtype) -> Tensor:

@@ -1,7 +1,7 @@
 """vLLM's attention backend ``CUSTOM``: our cache write and decode attention, vLLM's kernels for prefill.
 
-In a step, sequences with the same few query tokens come first and are ours; those behind them are prompts. Those that
-begin in the step and come last are FlashAttention's (``prefill.py``), and the ones before them vLLM's Triton kernel's.
+In a step, sequences with the same few query tokens come first and are ours; those behind them are prompts, which are
+FlashAttention's (``prefill.py``) where it is there, else vLLM's Triton kernel's.
 The cache has vLLM's layout, keys and values of a head side by side, which ours read by strides. Queries stay in 16
 bits. Full CUDA graphs hold decode steps, speculative ones included.
 """
@@ -28,7 +28,7 @@ from adallm.attention import Workspace, paged_decode, write_kv
 from adallm.paged import BLOCK_SIZES, HEAD_SIZES, MAX_GQA, MAX_QUERIES
 from adallm.vllm_plugin import prefill
 from adallm.vllm_plugin.compat import FIRST, LAST
-from adallm.vllm_plugin.prefill import Beginning, FlashAttention, beginning
+from adallm.vllm_plugin.prefill import Beginning, Continued, FlashAttention, beginning, continued
 from adallm.vllm_plugin.settings import Settings
 
 
@@ -41,7 +41,7 @@ class Metadata(TritonAttentionMetadata):
         workspace: for our kernel.
         prompts: of the sequences behind them; None if there are none.
         beginning: the last of those, as far as they begin in this step; None if they do not.
-        continued: of the prompts before ``beginning``; None if there are none.
+        continued: the prompts before ``beginning``; None if there are none.
     """
 
     decodes: int = 0
@@ -49,7 +49,7 @@ class Metadata(TritonAttentionMetadata):
     workspace: Workspace | None = None
     prompts: TritonAttentionMetadata | None = None
     beginning: Beginning | None = None
-    continued: TritonAttentionMetadata | None = None
+    continued: Continued | None = None
 
 
 class MetadataBuilder(TritonAttentionMetadataBuilder):
@@ -82,10 +82,12 @@ class MetadataBuilder(TritonAttentionMetadataBuilder):
         if prefills:
             found.prompts = _part(step, decodes, common_attn_metadata.num_reqs, tokens, step.num_actual_tokens)
             found.beginning = begins = beginning(common_attn_metadata, decodes)
-            if begins is None:
-                found.continued = found.prompts
-            elif begins.first > decodes:
-                found.continued = _part(step, decodes, begins.first, tokens, begins.first_token)
+            end = common_attn_metadata.num_reqs if begins is None else begins.first
+            if end > decodes:
+                part = found.prompts
+                if begins is not None:
+                    part = _part(step, decodes, end, tokens, begins.first_token)
+                found.continued = continued(common_attn_metadata, part, decodes, end)
         return found
 
     def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> Metadata:
@@ -155,7 +157,8 @@ class Impl(TritonAttentionImpl):
             return "vLLM Triton"
         if self._version is None:
             return "adallm decode, vLLM Triton prefill"
-        return f"adallm decode, vLLM FlashAttention {self._version} prefill, Triton behind a prefix"
+        most = prefill.most_tokens(self.num_kv_heads, self.head_size)
+        return f"adallm decode, vLLM FlashAttention {self._version} prefill, Triton past {most} tokens behind prefixes"
 
     def _caches(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values ``[num_blocks, block_size, Hkv, D]`` of vLLM's ``[num_blocks, Hkv, block_size, 2 D]``."""
@@ -188,14 +191,19 @@ class Impl(TritonAttentionImpl):
             return super().forward(layer, query, key, value, kv_cache, step, output, output_scale, output_block_scale)
         if step.decodes:
             self._decode(layer, query, kv_cache, step, output)
-        begins = step.beginning if self._flash is not None else None
-        others = step.continued if begins is not None else step.prompts
+        others = step.prompts
+        if self._flash is not None:
+            others = None if step.continued is None else step.continued.step
+            if step.beginning is not None:
+                self._flash.begin(query, key, value, output, step.beginning)
         if others is not None:
             first = step.decodes * step.queries
             of = slice(first, first + others.num_actual_tokens)
-            super().forward(layer, query[of], key[of], value[of], kv_cache, others, output[of])
-        if begins is not None:
-            self._flash(query, key, value, output, begins)
+            q, out = query[of], output[of]
+            if self._flash is None or not self._flash.go_on(
+                q, self._caches(kv_cache), out, step.continued, self._scales(layer)
+            ):
+                super().forward(layer, q, key[of], value[of], kv_cache, others, out)
         return output
 
     def _decode(self, layer: Any, query: Tensor, kv_cache: Tensor, step: Metadata, output: Tensor) -> None:

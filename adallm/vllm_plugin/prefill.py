@@ -1,18 +1,24 @@
-"""Attention of prompts that begin in a step: FlashAttention, as vLLM has it, over the step's own keys and values.
+"""Attention of prompts: FlashAttention as vLLM has it, which does not read a cache in E4M3 beside queries of 16 bits.
 
-All that such a prompt attends to is in the step, so that neither the cache is read nor what E4M3 rounds off is lost.
-A prompt that goes on, behind a chunk of its own or a cached prefix, needs the cache, which FlashAttention does not read
-in E4M3 beside queries of 16 bits: vLLM's Triton kernel does.
+All that a prompt attends to that begins in a step is in the step: its own keys and values, before they are rounded. A
+prompt that goes on, behind a chunk of its own or a cached prefix, needs the cache: its keys and values are copied out,
+a layer at a time, if they do not take more than ``MOST_BYTES``; else vLLM's Triton kernel reads them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from vllm.platforms import current_platform
+
+from adallm.attention import gather_kv
+
+MOST_BYTES = 128 << 20
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,41 @@ def beginning(step: Any, decodes: int) -> Beginning | None:
     return Beginning(first, token, step.num_actual_tokens - token, step.query_start_loc[first:] - token, longest)
 
 
+@dataclass(frozen=True)
+class Continued:
+    """Sequences of a step whose prompts have begun before it.
+
+    Attributes:
+        step: vLLM's metadata of these alone.
+        starts: int32 ``[sequences + 1]`` on the device, where each begins if all of their tokens lie side by side.
+        tokens: of all, those in the cache included; 0 if vLLM does not say how long sequences are.
+        longest: tokens of one, at the most.
+    """
+
+    step: Any
+    starts: Tensor
+    tokens: int
+    longest: int
+
+
+def continued(step: Any, part: Any, first: int, end: int) -> Continued:
+    """Those from ``first`` to ``end`` of a step, of which ``part`` is vLLM's metadata.
+
+    Args:
+        step: ``CommonAttentionMetadata``.
+    """
+    starts = functional.pad(part.seq_lens.cumsum(0, dtype=torch.int32), (1, 0))
+    lengths = step.seq_lens_cpu_upper_bound
+    if lengths is None:
+        return Continued(part, starts, 0, 0)
+    return Continued(part, starts, int(lengths[first:end].sum()), int(lengths[first:end].max()))
+
+
+def most_tokens(kv_heads: int, head_size: int) -> int:
+    """Of prompts that go on in a step, so that FlashAttention does them."""
+    return MOST_BYTES // (2 * 2 * kv_heads * head_size)
+
+
 def version(head_size: int, *, alibi: bool, sinks: bool) -> int | None:
     """Of the FlashAttention that runs a layer; None on a CPU, where there is none, and for what it does not compute:
     version 3 takes no ALiBi slopes, and 2 no sinks.
@@ -95,17 +136,43 @@ class FlashAttention:
         self._options |= {"causal": True, "fa_version": version, "alibi_slopes": alibi}
         self._options["s_aux"] = None if sinks is None else sinks.to(torch.bfloat16)
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, prompts: Beginning) -> None:
+    def begin(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, prompts: Beginning) -> None:
         """Attention of ``[tokens, heads, D]`` in 16 bits, each tensor of the whole step."""
         tokens = slice(prompts.first_token, prompts.first_token + prompts.tokens)
+        starts, longest = prompts.starts, prompts.longest
+        self._attend(q[tokens], k[tokens], v[tokens], out[tokens], starts, starts, longest, longest)
+
+    def go_on(
+        self, q: Tensor, caches: Sequence[Tensor], out: Tensor, prompts: Continued, scales: Mapping[str, Any]
+    ) -> bool:
+        """Attention of ``[tokens, heads, D]``, tensors of these sequences; False if there is too much to copy."""
+        if not 0 < prompts.tokens <= most_tokens(*caches[0].shape[2:]):
+            return False
+        given = {"tokens": prompts.tokens, "longest": prompts.longest, "dtype": q.dtype}
+        k, v = gather_kv(*caches, prompts.step.block_table, prompts.starts, **given, **scales)
+        of_queries = (prompts.step.query_start_loc, prompts.starts, prompts.step.max_query_len)
+        self._attend(q, k, v, out, *of_queries, prompts.longest)
+        return True
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        of_queries: Tensor,
+        of_keys: Tensor,
+        most_queries: int,
+        most_keys: int,
+    ) -> None:
         self._run(
-            q=q[tokens],
-            k=k[tokens],
-            v=v[tokens],
-            out=out[tokens],
-            cu_seqlens_q=prompts.starts,
-            cu_seqlens_k=prompts.starts,
-            max_seqlen_q=prompts.longest,
-            max_seqlen_k=prompts.longest,
+            q=q,
+            k=k,
+            v=v,
+            out=out,
+            cu_seqlens_q=of_queries,
+            cu_seqlens_k=of_keys,
+            max_seqlen_q=most_queries,
+            max_seqlen_k=most_keys,
             **self._options,
         )
