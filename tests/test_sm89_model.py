@@ -209,7 +209,7 @@ def test_decode_cases_are_every_step(few):
         kind = {"32/8/128": "fp8 16x128", "16/2/256": "fp8 16x256"}[case.heads]
         assert case.counts.kind == kind + " one sequence" * (case.step.shape.batch == 1)
     assert found[0].sizes == {"heads": "32/8/128", "block": 16, "context": 8192}
-    assert found[0].label == "n64 warps4 stages5 programs2 parts16"
+    assert found[0].label == "n64 warps4 stages5 programs2 parts16 whole1 registers255"
 
 
 def test_bench_without_a_gpu(few, monkeypatch, tmp_path, capsys):
