@@ -130,12 +130,10 @@ def gather_kv(
         with torch.cuda.device_of(k):
             kernel.launch(k_cache, v_cache, block_table, starts, longest, k, v, k_scale=k_scale, v_scale=v_scale)
         return k, v
-    size = k_cache.shape[1]
-    for b, (start, stop) in enumerate(itertools.pairwise(starts.tolist())):
-        at = torch.arange(stop - start)
-        block = block_table[b].long()[at // size]
+    for row, (start, stop) in zip(block_table.long(), itertools.pairwise(starts.tolist()), strict=True):
+        blocks = row[: -(-(stop - start) // k_cache.shape[1])]
         for x, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
-            x[start:stop] = (cache[block, at % size].float() * scale).to(dtype)
+            x[start:stop] = _gathered(cache, scale, blocks, stop - start).to(dtype)
     return k, v
 
 

@@ -78,11 +78,23 @@ class DenseLinear(ReferenceLinear):
         return self.weight.float()
 
 
-class FP8Linear(ReferenceLinear):
+class QuantizedLinear(ReferenceLinear):
+    """Whose buffers change device, but not dtype, with the module: ``.to(torch.bfloat16)`` must not round scales."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        def moved(t: Tensor) -> Tensor:
+            result = fn(t)
+            return result if t is bias or result.dtype == t.dtype else t.to(result.device)
+
+        bias = self.bias
+        return super()._apply(moved, recurse)
+
+
+class FP8Linear(QuantizedLinear):
     """A weight in E4M3 with an FP32 scale for each row, times activations in E4M3 with one for each token (W8A8).
 
     On a CPU it computes the reference. On a CUDA GPU, from sm_89 on, activations are quantized by our kernel, and the
-    product is that of a library, in BF16.
+    product is that of a library, in BF16, to which the bias is added after.
 
     Args:
         weight: ``data`` ``[N, K]``, N and K multiples of 16, and ``scale`` ``[N, 1]``, of ``fp8.quantize`` by row.
@@ -113,34 +125,17 @@ class FP8Linear(ReferenceLinear):
                 f"x is {x.dtype} {list(x.shape)} on {x.device}; supported on a GPU: bfloat16 [..., {self.in_features}] "
                 f"on {self.data.device}"
             )
-        from adallm.kernels import ops  # noqa: F401, registers the operator
+        from adallm.kernels import ops
 
         tokens, of_tokens = torch.ops.adallm.fp8_tokens(x.reshape(-1, self.in_features), None, 0.0, False, True)
-        out = torch._scaled_mm(
-            tokens,
-            self.data.t(),
-            scale_a=of_tokens[:, None],
-            scale_b=self.scale.view(1, -1),
-            out_dtype=x.dtype,
-            # The fast sums of Hopper keep 14 bits.
-            use_fast_accum=False,
-        )
+        out = x.new_empty(tokens.shape[0], self.out_features)
+        ops.scaled_product(tokens, of_tokens, self.data, self.scale[:, 0], out)
         if self.bias is not None:
             out += self.bias
         return out.view(*x.shape[:-1], self.out_features)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FP8Linear:
-        """Devices change; ``.to(torch.bfloat16)`` must change neither weight nor scales."""
 
-        def moved(t: Tensor) -> Tensor:
-            result = fn(t)
-            return result if t is bias or result.dtype == t.dtype else t.to(result.device)
-
-        bias = self.bias
-        return super()._apply(moved, recurse)
-
-
-class NVFP4Linear(ReferenceLinear):
+class NVFP4Linear(QuantizedLinear):
     """A linear layer whose only copy of the weight is the packed one.
 
     On a CPU it holds the checkpoint's tensors and computes the reference, expanding the weight in each call. On a CUDA
@@ -351,13 +346,6 @@ class NVFP4Linear(ReferenceLinear):
                 setattr(self, name, None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NVFP4Linear:
-        """Devices change, and the bias its dtype; ``.to(torch.bfloat16)`` must not round scales."""
-
-        def moved(t: Tensor) -> Tensor:
-            result = fn(t)
-            return result if t is bias or result.dtype == t.dtype else t.to(result.device)
-
-        bias = self.bias
-        super()._apply(moved, recurse)
+        super()._apply(fn, recurse)
         self._convert()
         return self

@@ -86,9 +86,9 @@ def environment(impl: Impl, given: Mapping[str, str], caches: Path) -> dict[str,
     kept = {name: value for name, value in given.items() if not name.startswith("ADALLM_")}
     # The model is on the disk, and nobody is told of it.
     kept |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    # Greedy sampling does not use FlashInfer's, which takes minutes to compile.
+    # Greedy sampling does not use FlashInfer's, which would be compiled at each start.
     kept["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
-    for name in ("TRITON_CACHE_DIR", "VLLM_CACHE_ROOT", "FLASHINFER_WORKSPACE_BASE"):
+    for name in ("TRITON_CACHE_DIR", "VLLM_CACHE_ROOT", "FLASHINFER_WORKSPACE_BASE", "HUMMING_CACHE_DIR"):
         kept[name] = str(caches / name.partition("_")[0].lower())
     return kept if impl.ours else kept | {"ADALLM_DISABLE": "1"}
 

@@ -78,9 +78,7 @@ def compile_all(cases: Iterable[tuple[str, Config | None, int]]) -> int:
 
 def _compile(case: tuple[str, Config, int]) -> None:
     kind, config, k = case
-    launcher = ops.launcher(config)
-    with build.replaced(launcher, lambda fn, grid, *args, **kwargs: fn.warmup(*args, grid=grid, **kwargs)):
-        launcher(**build.product(kind, config, k))
+    build.warm_up(ops.launcher(config), build.product(kind, config, k))
 
 
 def timed(

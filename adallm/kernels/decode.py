@@ -177,7 +177,7 @@ def paged_decode_kernel(
     worth = tl.maximum(parts * batch, all_steps // 4)
     groups = tl.minimum(tl.minimum(tl.num_programs(0) // tiles, all_steps), worth)
     if BATCH > 1:
-        groups = _whole(groups, batch, (tl.max(steps) * batch == all_steps), WHOLE)
+        groups = _whole(groups, batch, tl.max(steps) * batch == all_steps, WHOLE)
     share = all_steps // groups
     more = all_steps - share * groups
     start = group * share + group * more // groups

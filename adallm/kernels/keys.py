@@ -12,8 +12,8 @@ def fix_keys(module: Mapping[str, Any]) -> None:
     """Have the keys of a module's functions computed now, helpers before those that call them.
 
     Triton takes the constants that a helper uses into its caller's key only if the helper's own key is known by then
-    (3.6). Otherwise a kernel that one process has compiled is compiled again by another, which came to it by another
-    way: after a restart, or by what ``vllm_plugin.ahead`` has prepared.
+    (3.6, 3.7). Otherwise a kernel that one process has compiled is compiled again by another, which came to it by a
+    different way: after a restart, or where ``vllm_plugin.ahead`` has prepared it.
 
     Args:
         module: its ``globals()``, at its end; functions are defined before they are used.

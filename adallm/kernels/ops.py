@@ -92,7 +92,7 @@ def _linear(
     if mode == "auto" and in_fp8(m, dtype, bias is not None, choice.gpu(x.device.index)):
         x, x_scale = quantize_tokens(x, ordered=True)
         weight = expand(words, scales, shift, n, x.shape[1], torch.float8_e4m3fn, of_16=True)
-        _scaled_product(x, weight, row_scale, x_scale, out)
+        scaled_product(x, x_scale, weight, row_scale * VALUE_POWER.value, out)
         return out
     if fp8 and x_scale is None:
         x, x_scale = quantize_tokens(x)
@@ -163,7 +163,7 @@ def library(
     n, k = out.shape[1], x.shape[1]
     weight = expand(words, scales, shift, n, k, x.dtype)
     if x_scale is not None:
-        _scaled_product(x, weight, row_scale, x_scale, out)
+        scaled_product(x, x_scale, weight, row_scale * VALUE_POWER.value, out)
         return
     start = 0
     for alpha, stop in zip(alphas, stops, strict=True):
@@ -173,13 +173,13 @@ def library(
         start = stop
 
 
-def _scaled_product(x: Tensor, weight: Tensor, row_scale: Tensor, x_scale: Tensor, out: Tensor) -> None:
-    """``out = (x * x_scale) @ (weight * row_scale * 2^7).T``, of E4M3."""
+def scaled_product(x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, out: Tensor) -> None:
+    """``out = (x * x_scale) @ (weight * scale).T``, E4M3 ``[M, K]`` and ``[N, K]``, scales ``[M]`` and ``[N]``."""
     torch._scaled_mm(
         x,
         weight.t(),
         scale_a=x_scale[:, None],
-        scale_b=(row_scale * VALUE_POWER.value)[None, :],
+        scale_b=scale[None, :],
         out_dtype=out.dtype,
         # The fast sums of Hopper keep 14 bits, as in matmul.py.
         use_fast_accum=False,

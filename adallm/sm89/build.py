@@ -163,15 +163,12 @@ def builds() -> list[Named]:
     each configuration for each head size, plain and with all options at once, for one number of heads and sequences.
     """
     found = products("sm_89")
-    words, scales = _weight(4096, 4096)
-    shift = _meta(4096, dtype=torch.uint8)
     for kind, dtype in DTYPES.items():
-        given = {"words": words, "scales": scales, "shift": shift, "n": 4096, "k": 4096, "dtype": dtype}
-        found.append(_named(expand.expand, kind, given))
-    of_16 = {**given, "dtype": torch.float8_e4m3fn, "of_16": True}
+        found.append(_named(expand.expand, kind, expanded(4096, 4096, dtype)))
+    of_16 = expanded(4096, 4096, torch.float8_e4m3fn, of_16=True)
     found.append(_named(expand.expand, "fp8 of 16", of_16))
     for k in (4096, 8192, 16384, 32768):  # a row in one piece, and in the pieces of each size
-        x, gated, weight = _meta(16, k), _meta(16, 2 * k), _meta(k)
+        x, gated, weight = meta(16, k), meta(16, 2 * k), meta(k)
         found.append(_named(quantize.quantize_tokens, f"none {k}", {"x": x}))
         found.append(_named(quantize.quantize_tokens, f"rms_norm {k}", {"x": x, "weight": weight}))
         found.append(_named(quantize.quantize_tokens, f"silu_and_mul {k}", {"x": gated, "gated": True}))
@@ -186,31 +183,63 @@ def builds() -> list[Named]:
             given = attention(of, cache, what)
             found.append(_named(decode.launch, attention_kind(of, cache, what), given))
     for head_size, kind in itertools.product((64, 128, 256), ("fp8", "fp8 token scales", "bf16")):
-        found.append(_named(write_kv.launch, f"{kind} {head_size}", _written(head_size, kind)))
+        cache, _, scales = kind.partition(" ")
+        given = written(Shape(16, 1, 8, 8, head_size, 100, 16), cache, token_scales=bool(scales))
+        found.append(_named(write_kv.launch, f"{kind} {head_size}", given))
     for head_size, kind in itertools.product((64, 128, 256), ("fp8", "bf16")):
-        found.append(_named(gather_kv.launch, f"{kind} {head_size}", _gathered(head_size, kind)))
+        found.append(
+            _named(gather_kv.launch, f"{kind} {head_size}", gathered(Shape(4, 1, 8, 8, head_size, 16, 16), kind))
+        )
     return found
 
 
-def _named(launcher: Callable[..., Any], kind: str, given: dict[str, Any]) -> Named:
-    noted = []
+def noted(launcher: Callable[..., Any], given: dict[str, Any]) -> Build:
+    """What a launch with these arguments compiles."""
+    found = []
 
     def note(fn: JITFunction, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
-        noted.append(build(fn, *args, **kwargs))
+        found.append(build(fn, *args, **kwargs))
 
     with replaced(launcher, note):
         launcher(**given)
-    (only,) = noted
-    return Named(KERNEL[launcher][1], kind, given.get("config"), only)
+    (only,) = found
+    return only
 
 
-def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.empty(*shape, dtype=dtype, device="meta")
+def warm_up(launcher: Callable[..., Any], given: dict[str, Any], *, early: bool = False) -> None:
+    """Compile what a launch with these arguments would, for Triton's active driver and into its cache.
+
+    Args:
+        early: ``EARLY``, where the kernel has it, which is off on ``meta`` tensors.
+    """
+
+    def compile_only(fn: JITFunction, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
+        given_early = {"EARLY": early} if "EARLY" in fn.arg_names else {}
+        fn.warmup(*args, grid=grid, **kwargs | given_early)
+
+    with replaced(launcher, compile_only):
+        launcher(**given)
+
+
+def _named(launcher: Callable[..., Any], kind: str, given: dict[str, Any]) -> Named:
+    return Named(KERNEL[launcher][1], kind, given.get("config"), noted(launcher, given))
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """A tensor that takes no memory."""
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _weight(n: int, k: int) -> tuple[Tensor, Tensor]:
-    tiles = n // TILE_N, k // TILE_K
-    return _meta(*tiles, 32, 4, dtype=torch.int32), _meta(*tiles, 8, 2, dtype=torch.int32)
+    tiles = n // TILE_N, -(-k // TILE_K)
+    return meta(*tiles, 32, 4, dtype=torch.int32), meta(*tiles, 8, 2, dtype=torch.int32)
+
+
+def expanded(n: int, k: int, dtype: torch.dtype, *, of_16: bool = False) -> dict[str, Any]:
+    """What ``expand`` takes, on ``meta`` tensors."""
+    words, scales = _weight(n, k)
+    shift = meta(n, dtype=torch.uint8)
+    return {"words": words, "scales": scales, "shift": shift, "n": n, "k": k, "dtype": dtype, "of_16": of_16}
 
 
 def product(kind: str, config: matmul.Config, k: int | None = None) -> dict[str, Any]:
@@ -220,14 +249,14 @@ def product(kind: str, config: matmul.Config, k: int | None = None) -> dict[str,
     m, n, k = config.m, 16 * config.n, k or 64 * config.slices * config.k
     words, scales = _weight(n, k)
     return {
-        "x": _meta(m, k, dtype=DTYPES[kind]),
+        "x": meta(m, k, dtype=DTYPES[kind]),
         "words": words,
         "scales": scales,
-        "row_scale": _meta(n, dtype=torch.float32),
-        "out": _meta(m, n, dtype=torch.float16 if kind == "fp16" else torch.bfloat16),
+        "row_scale": meta(n, dtype=torch.float32),
+        "out": meta(m, n, dtype=torch.float16 if kind == "fp16" else torch.bfloat16),
         "config": config,
-        "x_scale": _meta(m, dtype=torch.float32) if kind == "fp8" else None,
-        "arrivals": _meta(16, dtype=torch.int32) if config.splits > 1 or config.programs else None,
+        "x_scale": meta(m, dtype=torch.float32) if kind == "fp8" else None,
+        "arrivals": meta(16, dtype=torch.int32) if config.splits > 1 or config.programs else None,
     }
 
 
@@ -242,31 +271,36 @@ def attention_kind(shape: Shape, cache: str, what: str = "") -> str:
     return f"{cache} {decode_choice.rows(shape)}x{shape.head_size} {what}".rstrip()
 
 
-def attention(shape: Shape, cache: str, what: str = "") -> dict[str, Any]:
+def attention(
+    shape: Shape, cache: str, what: str = "", *, dtype: torch.dtype = torch.bfloat16, family: str = "sm_89"
+) -> dict[str, Any]:
     """What the decode launcher takes, on ``meta`` tensors.
 
     Args:
+        cache: of ``DTYPES``, as below.
+        dtype: of the queries, or of keys and values below.
         what: ``FP8_QUERIES``, or ``ALL_OPTIONS`` but for these, with scales of each token and head, not a number.
     """
-    q, table = _meta(shape.batch, shape.queries, shape.q_heads, shape.head_size), (shape.batch, shape.blocks)
-    stored, programs = _meta(*_cache(shape), dtype=DTYPES[cache]), 64
+    table = (shape.batch, shape.blocks)
+    q = meta(shape.batch, shape.queries, shape.q_heads, shape.head_size, dtype=dtype)
+    stored, programs = meta(*_cache(shape), dtype=DTYPES[cache]), 64
     given = {
         "q": q,
         "k_cache": stored,
         "v_cache": stored,
-        "block_table": _meta(*table, dtype=torch.int32),
-        "seq_lens": _meta(shape.batch, dtype=torch.int32),
+        "block_table": meta(*table, dtype=torch.int32),
+        "seq_lens": meta(shape.batch, dtype=torch.int32),
         "out": q,
         "shape": shape,
-        "config": decode_choice.choose(shape, stored.itemsize, "sm_89"),
+        "config": decode_choice.choose(shape, stored.itemsize, family),
         "programs": programs,
-        "partial": _meta(decode_choice.workspace_floats(shape, programs), dtype=torch.float32),
-        "arrivals": _meta(3 * programs, dtype=torch.int32),
+        "partial": meta(decode_choice.workspace_floats(shape, programs), dtype=torch.float32),
+        "arrivals": meta(3 * programs, dtype=torch.int32),
         "scale": shape.head_size**-0.5,
         "fp8_queries": what == FP8_QUERIES,
     }
     if what == ALL_OPTIONS:
-        of_head, of_token = _meta(shape.q_heads, dtype=torch.float32), _meta(*_cache(shape)[:3], dtype=torch.float32)
+        of_head, of_token = meta(shape.q_heads, dtype=torch.float32), meta(*_cache(shape)[:3], dtype=torch.float32)
         given |= {"window": 100, "soft_cap": 30.0, "sinks": of_head, "alibi_slopes": of_head}
         given |= {"k_scale": of_token, "v_scale": of_token}
     return given
@@ -276,17 +310,31 @@ def _cache(shape: Shape) -> tuple[int, int, int, int]:
     return shape.blocks, shape.block_size, shape.kv_heads, shape.head_size
 
 
-def _written(head_size: int, kind: str) -> dict[str, Any]:
-    """What the launcher of ``write_kv`` takes, on ``meta`` tensors: 8 heads of 16 tokens."""
-    new, stored = _meta(16, 8, head_size), _meta(100, 16, 8, head_size, dtype=DTYPES[kind.split()[0]])
-    given = {"k": new, "v": new, "k_cache": stored, "v_cache": stored, "slot_mapping": _meta(16, dtype=torch.int64)}
-    if kind.endswith("scales"):
-        given |= dict.fromkeys(("k_scale", "v_scale"), _meta(*stored.shape[:3], dtype=torch.float32))
+def written(
+    shape: Shape, cache: str, *, dtype: torch.dtype = torch.bfloat16, token_scales: bool = False
+) -> dict[str, Any]:
+    """What the launcher of ``write_kv`` takes, on ``meta`` tensors: a token of each sequence."""
+    new = meta(shape.batch, shape.kv_heads, shape.head_size, dtype=dtype)
+    stored = meta(*_cache(shape), dtype=DTYPES[cache])
+    slots = meta(shape.batch, dtype=torch.int64)
+    given = {"k": new, "v": new, "k_cache": stored, "v_cache": stored, "slot_mapping": slots}
+    if token_scales:
+        given |= dict.fromkeys(("k_scale", "v_scale"), meta(*stored.shape[:3], dtype=torch.float32))
     return given
 
 
-def _gathered(head_size: int, kind: str) -> dict[str, Any]:
-    """What the launcher of ``gather_kv`` takes, on ``meta`` tensors."""
-    out, stored = _meta(100, 8, head_size), _meta(100, 16, 8, head_size, dtype=DTYPES[kind])
-    given = {"k": out, "v": out, "k_cache": stored, "v_cache": stored, "starts": _meta(5, dtype=torch.int32)}
-    return given | {"block_table": _meta(4, 16, dtype=torch.int32), "longest": 50, "k_scale": 1.0, "v_scale": 1.0}
+def gathered(shape: Shape, cache: str, *, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
+    """What the launcher of ``gather_kv`` takes, on ``meta`` tensors: a block of each sequence."""
+    out = meta(shape.batch * shape.block_size, shape.kv_heads, shape.head_size, dtype=dtype)
+    stored = meta(*_cache(shape), dtype=DTYPES[cache])
+    return {
+        "k_cache": stored,
+        "v_cache": stored,
+        "block_table": meta(shape.batch, shape.blocks, dtype=torch.int32),
+        "starts": meta(shape.batch + 1, dtype=torch.int32),
+        "longest": shape.block_size,
+        "k": out,
+        "v": out,
+        "k_scale": 1.0,
+        "v_scale": 1.0,
+    }

@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from adallm.linear import NVFP4Linear
 from adallm.paged import BLOCK_SIZES, MAX_QUERIES
@@ -84,6 +83,12 @@ class Job:
     sequences: int
     linear: tuple[Linear, ...]
     attention: tuple[Attention, ...]
+
+    @property
+    def gpu(self) -> Any:
+        from adallm.kernels.choice import GPU
+
+        return GPU(self.family, self.sms, self.slug)
 
 
 def start(config: Any, linear: Iterable[NVFP4Linear]) -> None:
@@ -175,49 +180,48 @@ Launch = tuple[Callable[..., Any], dict[str, Any]]
 
 def launches(job: Job) -> Iterator[Launch]:
     """Launchers and their arguments, on ``meta`` tensors, each kernel once."""
+    from adallm.sm89 import build
+
     seen = set()
-    for size in job.linear:
-        for key, launch in _of_linear(job, size):
-            if key not in seen:
+    for part in (
+        *(_of_linear(job, size) for size in job.linear),
+        *(_of_attention(job, kind) for kind in job.attention),
+    ):
+        for launch in part:
+            if (key := build.noted(*launch)) not in seen:
                 seen.add(key)
                 yield launch
-    for kind in job.attention:
-        yield from _of_attention(job, kind)
 
 
-def _of_linear(job: Job, size: Linear) -> Iterator[tuple[tuple[Any, ...], Launch]]:
-    from adallm.kernels import choice, matmul, ops
+def _of_linear(job: Job, size: Linear) -> Iterator[Launch]:
+    from adallm.kernels import ops
     from adallm.kernels.expand import KINDS, expand
-    from adallm.kernels.layout import TILE_K, TILE_N, padded
+    from adallm.kernels.layout import padded
     from adallm.kernels.quantize import quantize_tokens
+    from adallm.sm89 import build
 
-    gpu, dtype, fp8 = choice.GPU(job.family, job.sms, job.slug), getattr(torch, job.dtype), size.activations == "fp8"
-    n, k = size.n, padded(1, size.k)[1] if fp8 else size.k
-    rows, columns = padded(n, k)
-    tiles = (rows // TILE_N, columns // TILE_K)
-    words, scales = (_meta(*tiles, *last, dtype=torch.int32) for last in ((32, 4), (8, 2)))
-    of_rows, shift = _meta(n, dtype=torch.float32), _meta(n, dtype=torch.uint8)
-    of_8 = dtype if not fp8 else torch.float8_e4m3fn
-    bias = _meta(n, dtype=dtype) if size.bias else None
+    dtype, fp8 = getattr(torch, job.dtype), size.activations == "fp8"
+    of_tokens = torch.float8_e4m3fn if fp8 else dtype
+    k = padded(1, size.k)[1] if fp8 else size.k
+    seen = set()
     for m in _tokens(job.tokens):
-        auto = size.activations == "auto" and ops.in_fp8(m, dtype, size.bias, gpu)
-        if fp8 or auto:
-            yield ("tokens", size.k, auto), (quantize_tokens, {"x": _meta(m, size.k, dtype=dtype), "ordered": auto})
-        config = None if auto else ops.chosen(m, n, k, KINDS[of_8], dtype, size.bias, gpu)
-        if config is None:
-            given = {"words": words, "scales": scales, "shift": shift, "n": n, "k": k}
-            given |= {"dtype": torch.float8_e4m3fn, "of_16": True} if auto else {"dtype": of_8}
-            yield ("expand", auto, fp8), (expand, given)
+        auto = size.activations == "auto" and ops.in_fp8(m, dtype, size.bias, job.gpu)
+        config = None if auto else ops.chosen(m, size.n, k, KINDS[of_tokens], dtype, size.bias, job.gpu)
+        if (auto, config) in seen:
             continue
-        given = {"x": _meta(m, k, dtype=of_8), "words": words, "scales": scales, "row_scale": of_rows, "bias": bias}
-        given |= {"out": _meta(m, n, dtype=dtype), "config": config, "x_scale": None}
-        given["x_scale"] = _meta(m, dtype=torch.float32) if fp8 else None
-        given["arrivals"] = _meta(choice.MAX_SPLIT_TILES, dtype=torch.int32)
-        # What of sizes and configuration the compiler sees; that some are multiples of 16 it sees too, and all are.
-        parts = matmul.constants(config, given["x"], given["out"])
-        even, promoted = k % (config.slices * config.k) == 0, matmul.promote(config, k) if fp8 else 0
-        options = (config.slices, config.warps, config.stages, config.overlap, even, promoted, size.bias)
-        yield ("product", *parts.values(), *options), (ops.launcher(config), given)
+        seen.add((auto, config))
+        if fp8 or auto:
+            yield quantize_tokens, {"x": build.meta(16, size.k, dtype=dtype), "ordered": auto}
+        if config is None:
+            of_weight = torch.float8_e4m3fn if auto else of_tokens
+            yield expand, build.expanded(size.n, k, of_weight, of_16=auto)
+            continue
+        # A number of programs that a few tiles suffice for; it is no constant of the kernel.
+        config = dataclasses.replace(config, programs=min(config.programs, 1))
+        given = build.product(KINDS[of_tokens], config, k)
+        rows = given["out"].shape[1]
+        given |= {"out": given["out"].to(dtype), "arrivals": build.meta(16, dtype=torch.int32)}
+        yield ops.launcher(config), given | {"bias": build.meta(rows, dtype=dtype) if size.bias else None}
 
 
 def _tokens(most: int) -> Iterable[int]:
@@ -229,71 +233,27 @@ def _tokens(most: int) -> Iterable[int]:
 
 
 def _of_attention(job: Job, kind: Attention) -> Iterator[Launch]:
-    from adallm.kernels import choice, decode, decode_choice, gather_kv, write_kv
+    from adallm.kernels import decode, decode_choice, gather_kv, write_kv
+    from adallm.kernels.expand import KINDS
     from adallm.paged import Shape
+    from adallm.sm89 import build
 
-    gpu, dtype, d = choice.GPU(job.family, job.sms, job.slug), getattr(torch, job.dtype), kind.head_size
-    stored = _meta(64, kind.block, kind.kv_heads, 2 * d, dtype=torch.float8_e4m3fn if kind.fp8 else dtype)
-    k_cache, v_cache = stored.split(d, dim=-1)
-    of_head = _meta(kind.q_heads, dtype=torch.float32) if kind.sinks else None
-    batch = 1
-    batches = [size for size in (2, decode_choice.FEW + 1) if size <= job.sequences]
-    while batch < job.sequences:
-        batches.append(batch)
-        batch *= 4
-    batches.append(job.sequences)
-    seen = set()
-    for batch in batches:
-        shape = Shape(batch, kind.queries, kind.q_heads, kind.kv_heads, d, kind.width, kind.block)
-        config = decode_choice.choose(shape, stored.itemsize, gpu.family)
-        if (key := (config, decode_choice.most_sequences(batch))) in seen:
-            continue
-        seen.add(key)
-        programs = decode_choice.programs(shape, stored.itemsize, gpu)
-        q = _meta(batch, kind.queries, kind.q_heads, d, dtype=dtype)
-        given = {
-            "q": q,
-            "k_cache": k_cache,
-            "v_cache": v_cache,
-            "block_table": _meta(batch, kind.width, dtype=torch.int32),
-            "seq_lens": _meta(batch, dtype=torch.int32),
-            "out": q,
-            "shape": shape,
-            "config": config,
-            "programs": programs,
-            "partial": _meta(decode_choice.workspace_floats(shape, programs), dtype=torch.float32),
-            "arrivals": _meta(3 * programs, dtype=torch.int32),
-            "scale": d**-0.5,
-            "window": 1024 if kind.window else None,
-            "soft_cap": 30.0 if kind.soft_cap else 0.0,
-            "sinks": of_head,
-        }
-        yield decode.launch, given
-    new = _meta(16, kind.kv_heads, d, dtype=dtype)
-    given = {"k": new, "v": new, "k_cache": k_cache, "v_cache": v_cache, "slot_mapping": _meta(16, dtype=torch.int64)}
-    yield write_kv.launch, given
-    given = {"k": new, "v": new, "k_cache": k_cache, "v_cache": v_cache, "starts": _meta(2, dtype=torch.int32)}
-    given |= {"block_table": _meta(1, kind.width, dtype=torch.int32), "longest": 16, "k_scale": 1.0, "v_scale": 1.0}
-    yield gather_kv.launch, given
-
-
-def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def compile_one(job: Job, launch: Launch) -> None:
-    """As Triton would at a launch, into its cache."""
-    from adallm.sm89.build import replaced
-
-    launcher, given = launch
-
-    def warm_up(fn: Any, grid: Any, *args: Any, **kwargs: Any) -> None:
-        if "EARLY" in fn.arg_names:
-            kwargs["EARLY"] = job.family == "sm_90"
-        fn.warmup(*args, grid=grid, **kwargs)
-
-    with replaced(launcher, warm_up):
-        launcher(**given)
+    dtype = getattr(torch, job.dtype)
+    cache = "fp8" if kind.fp8 else KINDS[dtype]
+    one = Shape(1, kind.queries, kind.q_heads, kind.kv_heads, kind.head_size, kind.width, kind.block)
+    options = {
+        "window": 1024 if kind.window else None,
+        "soft_cap": 30.0 if kind.soft_cap else 0.0,
+        "sinks": build.meta(kind.q_heads, dtype=torch.float32) if kind.sinks else None,
+    }
+    batch, batches = 1, {1, job.sequences, *(size for size in (2, decode_choice.FEW + 1) if size <= job.sequences)}
+    while (batch := 4 * batch) < job.sequences:
+        batches.add(batch)
+    for batch in sorted(batches):
+        shape = dataclasses.replace(one, batch=batch)
+        yield decode.launch, build.attention(shape, cache, dtype=dtype, family=job.family) | options
+    yield write_kv.launch, build.written(one, cache, dtype=dtype)
+    yield gather_kv.launch, build.gathered(one, cache, dtype=dtype)
 
 
 def read(line: str) -> Job:
@@ -332,9 +292,11 @@ def main() -> int:
 
 
 def _work(job: Job, todo: list[Launch], queue: Any) -> None:
+    from adallm.sm89 import build
+
     for index in iter(queue.get, None):
         try:
-            compile_one(job, todo[index])
+            build.warm_up(*todo[index], early=job.family == "sm_90")
         except Exception as error:
             print(f"adallm: {todo[index][0].__module__} was not compiled ahead: {error}", file=sys.stderr, flush=True)
 

@@ -177,13 +177,16 @@ class AdaLLMHeadMethod(UnquantizedEmbeddingMethod):
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         dense, bias = layer.weight.data, _own_bias(layer)
+        if self._kind == "nvfp4":
+            made = NVFP4Linear(nvfp4.quantize(dense), bias)
+        elif dense.is_cuda and dense.dtype != torch.bfloat16:
+            raise ValueError(f"{self._prefix} is {dense.dtype}; lm_head fp8 supports bfloat16 on a GPU")
+        else:
+            made = FP8Linear(fp8.quantize(dense, granularity="row"), bias)
         # Of a head that is tied to the embeddings they keep theirs.
         del layer.weight
-        if self._kind == "nvfp4":
-            layer.nvfp4 = NVFP4Linear(nvfp4.quantize(dense), bias)
-        else:
-            layer.fp8 = FP8Linear(fp8.quantize(dense, granularity="row"), bias)
-        self._report.processed(getattr(layer, "nvfp4", None))
+        setattr(layer, self._kind, made)
+        self._report.processed(made)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return _applied(layer.nvfp4 if self._kind == "nvfp4" else layer.fp8, x, bias, self._prefix)
+        return _applied(getattr(layer, self._kind), x, bias, self._prefix)

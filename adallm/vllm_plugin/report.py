@@ -10,7 +10,7 @@ from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
 from adallm import text
-from adallm.linear import NVFP4Linear
+from adallm.linear import FP8Linear, NVFP4Linear
 from adallm.vllm_plugin import ahead
 
 logger = logging.getLogger("vllm.adallm")
@@ -42,9 +42,9 @@ class Report:
         self._rows[new] += 1
         self._left -= 1
 
-    def processed(self, linear: NVFP4Linear | None) -> None:
-        """One of our layers has its weights in place; None for one that has kernels of a library."""
-        if linear is not None:
+    def processed(self, linear: NVFP4Linear | FP8Linear) -> None:
+        """One of our layers has its weights in place."""
+        if isinstance(linear, NVFP4Linear):
             self._linear.append(linear)
         self._left -= 1
         if not self._left:
