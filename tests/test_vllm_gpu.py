@@ -1,5 +1,6 @@
 """The plugin inside vLLM on a GPU: the bundled model's own words, by our kernels, in CUDA graphs."""
 
+import copy
 import json
 import os
 import subprocess
@@ -14,9 +15,10 @@ pytestmark = [pytest.mark.gpu, pytest.mark.vllm, pytest.mark.slow]
 
 MODEL = evaluate.BUNDLED_MODEL
 PROMPTS = ("def __init__(self", "import os\nimport sys\n", "class TestCase(unittest.TestCase):\n    def")
-# Logits of BF16 are about 8 here, one unit of which is 2^-5; two candidates closer than this may change places.
-NEAR = 0.15
 TOKENS = 64
+# Standard deviations of a difference of two logits, within which two candidates may change places.
+DEVIATIONS = 4
+LIKELIEST = 16
 
 # An engine of its own process: two do not fit beside each other, and its memory is gone with it.
 ENGINE = """
@@ -67,16 +69,29 @@ def quantized(tmp_path_factory):
 
 
 def assert_greedy(found, path, form):
-    """Each token is the reference's likeliest, given those before it, or as good as that."""
+    """Each token is the reference's likeliest, given those before it, or as good as that: how far logits go for no
+    reason but rounding is measured, with the same model computed in FP32 and in BF16.
+    """
     reference = hf_model.load(path, hf_model.FORMATS[form])
+    exact = copy.deepcopy(reference).float()
     for prompt, tokens in found["outputs"]:
-        with torch.no_grad():
-            logits = reference(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1].float()
+        logits, others = (words(model, prompt, tokens) for model in (reference, exact))
+        of = logits.topk(LIKELIEST, -1).indices
+        moved = (logits - others).gather(1, of)
+        near = DEVIATIONS * 2**0.5 * float((moved - moved.mean(1, keepdim=True)).std())
         best = logits.argmax(-1)
         lost = logits.amax(-1) - logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
-        wrong = [(i, float(lost[i])) for i in range(len(tokens)) if best[i] != tokens[i] and lost[i] > NEAR]
-        assert not wrong, (prompt, wrong)
+        wrong = [(i, float(lost[i])) for i in range(len(tokens)) if lost[i] > near]
+        print(form, "near-tie:", near, "passed over:", [(i, float(x)) for i, x in enumerate(lost) if x])
+        assert near < 1
+        assert not wrong, (prompt, near, wrong)
         assert (best == torch.tensor(tokens)).float().mean() > 0.9
+
+
+def words(model, prompt, tokens):
+    """Logits of each token, FP32 ``[len(tokens), V]``."""
+    with torch.no_grad():
+        return model(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1].float()
 
 
 @pytest.mark.parametrize("form", ["nvfp4", "nvfp4-w4a8", "nvfp4-fp8kv"])
