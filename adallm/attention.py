@@ -152,6 +152,9 @@ def paged_decode(
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     fp8_queries: bool = False,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    slot_mapping: Tensor | None = None,
     out: Tensor | None = None,
     workspace: Workspace | None = None,
 ) -> Tensor:
@@ -167,7 +170,7 @@ def paged_decode(
             not fit; an E4M3 cache before sm_89.
     """
     options = {"window": window, "soft_cap": soft_cap, "sinks": sinks, "alibi_slopes": alibi_slopes}
-    options |= {"fp8_queries": fp8_queries}
+    options |= {"fp8_queries": fp8_queries, "k": k, "v": v, "slot_mapping": slot_mapping}
     shape = check_decode(q, k_cache, v_cache, block_table, seq_lens, k_scale, v_scale, **options)
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -201,7 +204,7 @@ def paged_decode(
             programs=programs,
             partial=workspace.partial,
             arrivals=workspace.arrivals,
-            **given,
+            **given | {name: None if x is None else shape.whole(x) for name, x in (("k", k), ("v", v))},
         )
     return out
 
@@ -272,6 +275,9 @@ def paged_decode_reference(
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     fp8_queries: bool = False,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    slot_mapping: Tensor | None = None,
 ) -> Tensor:
     """Attention of the last tokens of each sequence over all of its tokens, as at the head of this module.
 
@@ -286,6 +292,9 @@ def paged_decode_reference(
         soft_cap: 0 for none.
         sinks, alibi_slopes: float32 ``[Hq]``.
         fp8_queries: round q to E4M3, with a scale of ``amax / 448`` for each token and head. With an E4M3 cache alone.
+        k, v, slot_mapping: keys and values of the tokens of q that are not in the cache yet, ``[B, Hkv, D]`` or
+            ``[B, T, Hkv, D]`` as q is, stride 1 along D, and their slots ``[B T]``: they are written there first, as
+            ``write_kv_reference`` does. A slot is that of the token in the block table, or -1.
 
     Returns:
         FP32, with the shape of q.
@@ -306,17 +315,24 @@ def paged_decode_reference(
         sinks=sinks,
         alibi_slopes=alibi_slopes,
         fp8_queries=fp8_queries,
+        k=k,
+        v=v,
+        slot_mapping=slot_mapping,
     )
-    tokens = shape.whole(q).float()
-    if fp8_queries:
-        tokens = fp8.qdq(tokens)
-    out = torch.zeros_like(tokens)
     for b, length in enumerate(seq_lens.tolist()):
         if not 0 <= length <= block_table.shape[1] * shape.block_size or 0 < length < shape.queries:
             raise ValueError(
                 f"seq_lens[{b}] is {length}; it must be 0, or from {shape.queries} to what {block_table.shape[1]} "
                 f"blocks of {shape.block_size} hold"
             )
+    if k is not None:
+        k, v = (shape.whole(x).flatten(0, 1) for x in (k, v))
+        write_kv_reference(k, v, k_cache, v_cache, slot_mapping, k_scale=k_scale, v_scale=v_scale)
+    tokens = shape.whole(q).float()
+    if fp8_queries:
+        tokens = fp8.qdq(tokens)
+    out = torch.zeros_like(tokens)
+    for b, length in enumerate(seq_lens.tolist()):
         if not length:
             continue
         blocks = block_table[b, : -(-length // shape.block_size)].long()

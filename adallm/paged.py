@@ -57,6 +57,9 @@ def check_decode(
     sinks: Tensor | None,
     alibi_slopes: Tensor | None,
     fp8_queries: bool = False,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    slot_mapping: Tensor | None = None,
 ) -> Shape:
     """The sizes of a decode step whose arguments fit each other; lengths and block numbers are not looked at.
 
@@ -95,10 +98,25 @@ def check_decode(
         raise ValueError(f"window is {window}; it must be 1 or more, or None")
     if not 0 <= soft_cap < math.inf:
         raise ValueError(f"soft_cap is {soft_cap}; it must be 0 or positive")
+    if any(x is not None for x in (k, v, slot_mapping)):
+        _check_new(q, shape, k, v, slot_mapping)
     _check_scales(k_cache, k_scale, v_scale)
     _check_strides(block_table=block_table, seq_lens=seq_lens, sinks=sinks, alibi_slopes=alibi_slopes)
-    _same_device(q, k_cache, v_cache, block_table, seq_lens, sinks, alibi_slopes, k_scale, v_scale)
+    _same_device(q, k_cache, v_cache, block_table, seq_lens, sinks, alibi_slopes, k_scale, v_scale, k, v, slot_mapping)
     return shape
+
+
+def _check_new(q: Tensor, shape: Shape, k: Tensor | None, v: Tensor | None, slot_mapping: Tensor | None) -> None:
+    wanted = (*q.shape[:-2], shape.kv_heads, shape.head_size)
+    slots = (shape.batch * shape.queries,)
+    for name, x, size, dtype in (
+        ("k", k, wanted, q.dtype),
+        ("v", v, wanted, q.dtype),
+        ("slot_mapping", slot_mapping, slots, torch.int64),
+    ):
+        if x is None or x.shape != size or x.dtype != dtype or x.stride(-1) != 1:
+            given = None if x is None else f"{x.dtype} {list(x.shape)} with strides {x.stride()}"
+            raise ValueError(f"{name} is {given}; it must be {dtype} {list(size)}, the last stride 1")
 
 
 def check_write(

@@ -44,3 +44,13 @@ def step(
         dense.append(stored)
     q = torch.randn(len(lengths), queries, q_heads, d, generator=generator).to(dtype)
     return q, k_cache, v_cache, table, torch.tensor(lengths, dtype=torch.int32), dense
+
+
+def last_slots(table, lengths, queries, block_size):
+    """Of the query tokens, -1 for those of an empty sequence."""
+    found = [
+        int(table[b, j // block_size]) * block_size + j % block_size if j >= 0 else -1
+        for b, length in enumerate(lengths)
+        for j in range(length - queries, length)
+    ]
+    return torch.tensor(found, dtype=torch.int64)

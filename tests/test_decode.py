@@ -7,7 +7,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from paged_step import E4M3, OPTIONS, caches, step
+from paged_step import E4M3, OPTIONS, caches, last_slots, step
 
 from adallm.attention import paged_decode_reference, write_kv_reference
 from adallm.kernels import decode, decode_choice, write_kv
@@ -86,6 +86,60 @@ def test_queries_in_fp8(d, q_heads, dtype, options):
     options = prepared(options, q_heads) | {"fp8_queries": True}
     expected = paged_decode_reference(*given, scale=d**-0.5, **options)
     assert error(run(*given, groups=5, **options), expected) <= 4e-3
+
+
+@pytest.mark.parametrize("options", [*OPTIONS, {"fp8_queries": True}], ids=str)
+@pytest.mark.parametrize("queries", [1, 3, 8])
+@pytest.mark.parametrize("groups", [1, 5, 40])
+def test_new_tokens_are_written_first(options, queries, groups):
+    added_to_the_cache([0, queries, 16, 33, 150], groups, prepared(options), queries=queries)
+
+
+@pytest.mark.parametrize("cache", [E4M3, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("d", "block_size"), [(64, 32), (96, 16), (128, 64), (192, 16), (256, 128)])
+def test_new_tokens_of_heads_blocks_and_dtypes(cache, d, block_size):
+    dtype = torch.float16 if cache == torch.float16 else torch.bfloat16
+    given = {
+        "d": d,
+        "block_size": block_size,
+        "cache": cache,
+        "dtype": dtype,
+        "order": "hnd" if d in (96, 256) else "nhd",
+    }
+    added_to_the_cache([70, 2, 33], 4, {}, queries=2, **given)
+    added_to_the_cache([70], 3, {}, **given)
+
+
+@pytest.mark.parametrize("kind", ["tensor", "token"])
+def test_new_tokens_with_scales_on_the_device(kind):
+    blocks = step([5, 60, 16], queries=4)[1].shape[:3]
+    scales = {name: torch.full((), 0.5) if kind == "tensor" else torch.rand(blocks) + 0.5 for name in SCALES}
+    added_to_the_cache([5, 60, 16], 4, {name: scale.to(DEVICE) for name, scale in scales.items()}, queries=4)
+
+
+SCALES = ("k_scale", "v_scale")
+
+
+def added_to_the_cache(lengths, groups, options, **sizes):
+    """The cache and the result are what they are if ``write_kv`` is first."""
+    q, k_cache, v_cache, table, seq_lens, _ = step(lengths, **sizes)
+    k, v = torch.randn(2, *q.shape[:2], k_cache.shape[2], q.shape[3]).mul_(4).to(q.dtype)
+    k[0, 0, 0, 0] = 1e4  # saturates
+    given = [x.to(DEVICE) for x in (q, k_cache, v_cache, table, seq_lens)]
+    before, after = given, [x.clone() for x in given]
+    scales = {name: options[name] for name in SCALES if name in options}
+    copied = options | {name: scale.clone() for name, scale in scales.items() if isinstance(scale, torch.Tensor)}
+    slots = last_slots(table, lengths, q.shape[1], k_cache.shape[1])
+    slots[-1] = -1  # nothing is written, what is there is read
+    new = {"k": k.to(DEVICE), "v": v.to(DEVICE), "slot_mapping": slots.to(DEVICE)}
+    write_kv_reference(*(new[name].flatten(0, 1) for name in "kv"), *before[1:3], new["slot_mapping"], **scales)
+    expected = run(*before, groups=groups, **options)
+    out = run(*after, groups=groups, **copied, **new)
+    assert torch.equal(out, expected)
+    for one, other in zip(before[1:3], after[1:3], strict=True):
+        assert torch.equal(*(x.float().nan_to_num(-7.0) for x in (one, other)))
+    for name, scale in scales.items():
+        assert not isinstance(scale, torch.Tensor) or torch.equal(scale, copied[name])
 
 
 def test_scales_of_each_token_and_head():

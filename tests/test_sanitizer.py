@@ -76,6 +76,12 @@ for d, cache, options in (
         expected = attention.paged_decode_reference(*given, scale=d**-0.5, **on_cpu)
         error = float((found_here.cpu().float() - expected).norm() / expected.norm())
         assert error < 5e-3, (d, cache, options, queries, error)
+        # The last tokens once more, by decode attention itself.
+        last = torch.where(lengths < queries, 0, lengths)[:, None] - queries + torch.arange(queries)
+        at = torch.where(last < 0, -1, torch.arange(4)[:, None] * 720 + last).flatten()
+        new = {name: x[at].view(4, queries, 2, d) for name, x in (("k", k), ("v", v))} | {"slot_mapping": at.cuda()}
+        again = attention.paged_decode(q.cuda(), *both, *(x.cuda() for x in given[3:]), scale=d**-0.5, **options, **new)
+        assert torch.equal(again, found_here), (d, cache, options, queries)
 torch.cuda.synchronize()
 print(len(found), "products")
 """

@@ -11,7 +11,7 @@ from functools import partial
 
 import pytest
 import torch
-from paged_step import E4M3, caches, step
+from paged_step import E4M3, caches, last_slots, step
 from triton.runtime.jit import JITFunction
 
 from adallm.attention import paged_decode_reference
@@ -38,7 +38,7 @@ def test_every_build(monkeypatch):
     assert [(c.kind, c.config) for c in products] == CONFIGURATIONS
     of_table = {config for row in DECODE.values() for pair in row for config in pair}
     assert {c.config for c in decodes if c.kind.startswith("fp8")} == of_table
-    assert len(decodes) == 5 * len(DECODE) * len(HEAD_SIZES)
+    assert len(decodes) == 7 * len(DECODE) * len(HEAD_SIZES)
     others = ["nvfp4_expand"] * 4 + ["fp8_tokens"] * 12 + ["write_kv_kernel"] * 9 + ["gather_kv_kernel"] * 6
     assert [c.kernel for c in found if c.config is None] == others
     wrong = []
@@ -292,12 +292,18 @@ def test_sm89_ptx_of_the_expansion_and_the_quantizer(kind):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("cache", "what"), [(E4M3, ""), (E4M3, build.ALL_OPTIONS), (E4M3, build.FP8_QUERIES), (torch.bfloat16, "")]
+    ("cache", "what"),
+    [
+        *((E4M3, what) for what in ("", build.ALL_OPTIONS, build.FP8_QUERIES, build.NEW_TOKENS)),
+        (torch.bfloat16, ""),
+        (torch.bfloat16, build.NEW_TOKENS),
+    ],
 )
 @pytest.mark.parametrize("head_size", [64, 128, 256])
 @pytest.mark.parametrize("queries", [1, 8])
 def test_sm89_ptx_of_decode_attention(queries, head_size, cache, what):
-    given = step([0, 8, 300, 2000], q_heads=8, d=head_size, queries=queries, cache=cache)[:5]
+    lengths = [0, 8, 300, 2000]
+    given = step(lengths, q_heads=8, d=head_size, queries=queries, cache=cache)[:5]
     given = [x.to(DEVICE) for x in given]
     chosen = {"scale": head_size**-0.5, "fp8_queries": what == build.FP8_QUERIES}
     if what == build.ALL_OPTIONS:
@@ -308,6 +314,10 @@ def test_sm89_ptx_of_decode_attention(queries, head_size, cache, what):
         chosen |= {"k_scale": k_scale, "v_scale": v_scale}
     elif cache == E4M3:
         chosen |= {"k_scale": 0.75, "v_scale": 3.0}
+    if what in (build.ALL_OPTIONS, build.NEW_TOKENS):
+        new = torch.randn(2, 4, queries, 2, head_size, device=DEVICE).bfloat16()
+        slots = last_slots(given[3], lengths, queries, given[1].shape[1]).to(DEVICE)
+        chosen |= {"k": new[0], "v": new[1], "slot_mapping": slots}
     expected = paged_decode_reference(*given, **chosen)
     outputs = [decoded(launch, given, chosen) for launch in (partial(driver.run, decode.launch), decode.launch)]
     for out in outputs:

@@ -505,6 +505,12 @@ def attention_step(lengths, queries, *, dtype=torch.float8_e4m3fn, heads=(6, 2, 
     return cache, table, torch.tensor(lengths, dtype=torch.int32), q, k, v
 
 
+def slots_of(table, lengths, queries, block=16):
+    """Of the last tokens of each sequence."""
+    spots = zip(table.tolist(), lengths, queries, strict=True)
+    return torch.tensor([row[j // block] * block + j % block for row, n, t in spots for j in range(n - t, n)])
+
+
 def implementation(window=None, *, cache="fp8", soft_cap=None, sinks=None):
     from adallm.vllm_plugin.attention import Impl
 
@@ -516,10 +522,22 @@ def implementation(window=None, *, cache="fp8", soft_cap=None, sinks=None):
 LAYER = types.SimpleNamespace(calculate_kv_scales=False, _k_scale_float=0.5, _v_scale_float=2.0)
 
 
+@pytest.mark.parametrize("alone", [True, False])
 @pytest.mark.parametrize("cache", ["fp8", "auto"])
-def test_decode_and_speculative_steps_of_the_backend(cache):
-    from adallm.attention import paged_decode_reference
+def test_decode_and_speculative_steps_of_the_backend(cache, alone, monkeypatch):
+    """New keys and values are written by decode attention or, of more sequences, before it."""
+    from adallm.attention import paged_decode_reference, write_kv
+    from adallm.vllm_plugin import attention
     from adallm.vllm_plugin.attention import Metadata
+
+    monkeypatch.setattr(attention, "WRITES_UP_TO", 3 if alone else 2)
+    before = []
+
+    def write(k, *others, **given):
+        before.append(len(k))
+        write_kv(k, *others, **given)
+
+    monkeypatch.setattr(attention, "write_kv", write)
 
     quantized = cache == "fp8"
     for queries in (1, 3):
@@ -530,20 +548,19 @@ def test_decode_and_speculative_steps_of_the_backend(cache):
         assert not made.supports_quant_query_input
         scales = {"k_scale": 0.5, "v_scale": 2.0} if quantized else {}
         # New keys and values go to their slots.
-        spots = [range(n - queries, n) for n in lengths.tolist()]
-        slots = torch.tensor(
-            [int(row[j // 16]) * 16 + j % 16 for row, spot in zip(table, spots, strict=True) for j in spot]
-        )
+        slots = slots_of(table, lengths.tolist(), [queries] * 3)
         stored = kv.view(torch.uint8) if quantized else kv
-        made.do_kv_cache_update(LAYER, k, v, stored, slots)
+        step = Metadata(**dict.fromkeys(TRITON_FIELDS), decodes=3, queries=queries)
+        step.block_table, step.seq_lens = table, lengths
+        step.slot_mapping, step.num_actual_tokens = torch.cat((slots, torch.tensor([-1, -1]))), 3 * queries
+        out = torch.full((3 * queries + 2, 6, 64), float("nan")).bfloat16()
+        padded = [torch.cat((x, x[:2])) for x in (q, k, v)]
+        made.forward(LAYER, *padded, stored, step, out)
         written = kv.transpose(1, 2).reshape(-1, 2, 128)[slots].float()
         error = written[..., :64] * scales.get("k_scale", 1.0) - k.float()
         assert error.abs().max() <= (0.15 if quantized else 0.0)
-
-        step = Metadata(**dict.fromkeys(TRITON_FIELDS), decodes=3, queries=queries)
-        step.block_table, step.seq_lens = table, lengths
-        out = torch.full((3 * queries + 2, 6, 64), float("nan")).bfloat16()
-        made.forward(LAYER, torch.cat((q, q[:2])), k, v, stored, step, out)
+        assert before == ([] if alone else [3 * queries + 2])
+        before.clear()
         halves = kv.transpose(1, 2).split(64, dim=-1)
         expected = paged_decode_reference(
             q.view(3, queries, 6, 64),
@@ -674,6 +691,7 @@ def test_who_runs_what_of_a_mixed_step(monkeypatch, flash):
     step, _ = split(monkeypatch, queries, lengths)
     kv, table, step.seq_lens, q, k, v = attention_step(lengths, queries)
     step.block_table, step.prompts.block_table, step.continued.step.block_table = table, table[2:], table[2:3]
+    step.slot_mapping = slots_of(table, lengths, queries)
     out = torch.full((21, 6, 64), float("nan")).bfloat16()
     triton = []
 
@@ -700,6 +718,10 @@ def test_who_runs_what_of_a_mixed_step(monkeypatch, flash):
         monkeypatch.setattr(prefill, "MOST_BYTES", 19 * 2 * 2 * 2 * 64)
     made = implementation(16)
     made.forward(LAYER, q, k, v, kv.view(torch.uint8), step, out)
+    written = kv.transpose(1, 2).reshape(-1, 2, 128)[step.slot_mapping].float() * torch.tensor(
+        [0.5, 2.0]
+    ).repeat_interleave(64)
+    assert (written - torch.cat((k, v), -1).float()).abs().max() <= 0.3
     assert not out.isnan().any()
     assert not (out[:2] == 7.0).any()
     if flash == "none":

@@ -6,6 +6,9 @@ shares the steps of all sequences evenly, whatever the lengths are at the time: 
 and many short ones are several to each. Sequences that are all as long are shared along their ends, where that fits.
 Each program sums up the lengths itself, so that a CUDA graph keeps working when they change.
 
+New keys and values, if there are any, are not in the cache yet: whoever reads a head's last tokens writes them there
+first. Programs that share those tokens write the same.
+
 A program goes through its steps backwards. Of a tile that it shares with other groups it leaves maxima and sums in the
 workspace. One that joins parts waits for those before it alone, which were launched before it; the order is fixed.
 
@@ -26,6 +29,7 @@ from adallm.kernels.decode_choice import Config, most_sequences, rows
 from adallm.kernels.decode_join import LOG2E, TEAM, join, out_scale
 from adallm.kernels.dequant import to_e4m3, token_scale
 from adallm.kernels.keys import fix_keys
+from adallm.kernels.write_kv import as_kept
 from adallm.paged import Scale, Shape, kind_of
 
 # Numbers of parts that a warp loads at a time.
@@ -88,9 +92,42 @@ def _whole(groups, batch, equal, WHOLE: tl.constexpr):
     return tl.where(fits, fewer, groups)
 
 
+@triton.jit
+def _add(
+    x,
+    x_t,
+    cache,
+    c_b,
+    c_t,
+    scale,
+    h,
+    heads,
+    slots,
+    T: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SCALES: tl.constexpr,
+    EIGHT: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """Keys, or values, of a sequence's query tokens to their slots; ``x`` and ``cache`` are those of head ``h``."""
+    TP: tl.constexpr = T if T <= 2 else (4 if T <= 4 else 8)
+    t, d = tl.arange(0, TP), tl.arange(0, DP)
+    slot = tl.load(slots + t, mask=t < T, other=-1)
+    inside = (slot >= 0)[:, None] & (d < D)[None, :]
+    y, factor = as_kept(tl.load(x + t[:, None] * x_t + d[None, :], mask=inside, other=0.0), scale, SCALES, EIGHT, FAST)
+    tl.store(cache + (slot // BLOCK * c_b + slot % BLOCK * c_t)[:, None] + d[None, :], y, mask=inside)
+    if SCALES == "token":
+        tl.store(scale + slot * heads + h, factor, mask=slot >= 0)
+
+
 @triton.jit(do_not_specialize=["batch", "parts", "scale", "soft_cap", "window"])
 def paged_decode_kernel(
     q,
+    new_k,
+    new_v,
+    slots,
     k_cache,
     v_cache,
     table,
@@ -108,6 +145,12 @@ def paged_decode_kernel(
     q_b,
     q_t,
     q_h,
+    new_k_b,
+    new_k_t,
+    new_k_h,
+    new_v_b,
+    new_v_t,
+    new_v_h,
     k_b,
     k_t,
     k_h,
@@ -157,6 +200,7 @@ def paged_decode_kernel(
     in_d, in_e = d < (D // 2 if EIGHT else D), e < (D // 2 if PAIRS else D)
     size: tl.constexpr = M * (DP + 3)
     Q: tl.constexpr = q.dtype.element_ty
+    kept_k, kept_v = k_cache, v_cache
     if EIGHT:
         v_cache = v_cache.to(tl.pointer_type(tl.int16))
     if PAIRS:
@@ -220,6 +264,53 @@ def paged_decode_kernel(
             factor *= k_scale
         elif SCALES == "tensor":
             factor *= tl.load(k_scale)
+        if new_k is not None:  # noqa: SIM102 - a constant and a value: the compiler must see the first alone
+            if (first_step + end) * N > tokens - T:
+                whose = b.to(tl.int64)
+                x, x_2, to = (
+                    new_k + whose * new_k_b + h * new_k_h,
+                    new_v + whose * new_v_b + h * new_v_h,
+                    slots + whose * T,
+                )
+                PK: tl.constexpr = 2 if PAIRS else 1
+                PV: tl.constexpr = 2 if EIGHT else 1
+                _add(
+                    x,
+                    new_k_t,
+                    kept_k + h * PK * k_h,
+                    PK * k_b,
+                    PK * k_t,
+                    k_scale,
+                    h,
+                    heads,
+                    to,
+                    T,
+                    D,
+                    DP,
+                    BLOCK,
+                    SCALES,
+                    EIGHT,
+                    FAST,
+                )
+                _add(
+                    x_2,
+                    new_v_t,
+                    kept_v + h * PV * v_h,
+                    PV * v_b,
+                    PV * v_t,
+                    v_scale,
+                    h,
+                    heads,
+                    to,
+                    T,
+                    D,
+                    DP,
+                    BLOCK,
+                    SCALES,
+                    EIGHT,
+                    FAST,
+                )
+                tl.debug_barrier()
         position = tokens - T + token
         if slopes is not None:
             slope = tl.load(slopes + h * G + of_head) * LOG2E
@@ -342,6 +433,9 @@ def launch(
     partial: Tensor,
     arrivals: Tensor,
     scale: float,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    slot_mapping: Tensor | None = None,
     k_scale: Scale = 1.0,
     v_scale: Scale = 1.0,
     window: int | None = None,
@@ -354,6 +448,7 @@ def launch(
 
     Args:
         q, out: ``[B, T, Hq, D]``, stride 1 along D.
+        k, v, slot_mapping: ``[B, T, Hkv, D]``, stride 1 along D, and contiguous ``[B T]``; or None.
         config, programs, partial, arrivals: of ``decode_choice``: ``choose``, ``programs``, ``workspace_floats``
             numbers, and three int32 zeros for each of ``programs``, which are zeros again after.
     """
@@ -365,6 +460,9 @@ def launch(
     key_pair = 1 if fp8_queries else pair
     paged_decode_kernel[(programs,)](
         q,
+        k,
+        v,
+        slot_mapping,
         k_cache,
         v_cache,
         block_table,
@@ -380,6 +478,8 @@ def launch(
         config.parts,
         shape.kv_heads,
         *(stride // key_pair for stride in q.stride()[:3]),
+        *((0, 0, 0) if k is None else k.stride()[:3]),
+        *((0, 0, 0) if v is None else v.stride()[:3]),
         *(stride // key_pair for stride in k_cache.stride()[:3]),
         *(stride // pair for stride in v_cache.stride()[:3]),
         block_table.stride(0),

@@ -15,6 +15,27 @@ _MAX = tl.constexpr(E4M3_MAX)
 
 
 @triton.jit
+def as_kept(y, scale, SCALES: tl.constexpr, EIGHT: tl.constexpr, FAST: tl.constexpr):
+    """Rows ``y``, each of a token's head, as a cache keeps them, and what they were divided by: with scales for each
+    token that of each row. ``scale`` is as it is given to ``write_kv``.
+    """
+    factor = scale
+    if EIGHT:
+        y = y.to(tl.float32)
+        if SCALES == "token":
+            factor = token_scale(tl.max(tl.where(y == y, tl.abs(y), 0.0), axis=1))
+            y = tl.math.div_rn(y, tl.broadcast_to(factor[:, None], y.shape))
+        else:
+            if SCALES == "tensor":
+                factor = tl.load(scale)
+            y = tl.math.div_rn(y, factor)
+        if not FAST:
+            y = tl.where(y == y, tl.minimum(tl.maximum(y, -_MAX), _MAX), y)
+        y = to_e4m3(y, FAST)
+    return y, factor
+
+
+@triton.jit
 def _write(
     x,
     x_n,
@@ -38,19 +59,9 @@ def _write(
     h, d = tl.arange(0, HP), tl.arange(0, DP)
     inside = (h < heads)[:, None] & (d < D)[None, :]
     y = tl.load(x + n * x_n + h[:, None] * x_h + d[None, :], mask=inside, other=0.0)
-    if EIGHT:
-        y = y.to(tl.float32)
-        if SCALES == "token":
-            of_head = token_scale(tl.max(tl.where(y == y, tl.abs(y), 0.0), axis=1))
-            tl.store(scale + slot * heads + h, of_head, mask=h < heads)
-            y = tl.math.div_rn(y, tl.broadcast_to(of_head[:, None], y.shape))
-        elif SCALES == "tensor":
-            y = tl.math.div_rn(y, tl.load(scale))
-        else:
-            y = tl.math.div_rn(y, scale)
-        if not FAST:
-            y = tl.where(y == y, tl.minimum(tl.maximum(y, -_MAX), _MAX), y)
-        y = to_e4m3(y, FAST)
+    y, of_head = as_kept(y, scale, SCALES, EIGHT, FAST)
+    if SCALES == "token":
+        tl.store(scale + slot * heads + h, of_head, mask=h < heads)
     at = slot // BLOCK * c_b + slot % BLOCK * c_t + h[:, None] * c_h + d[None, :]
     tl.store(cache + at, y, mask=inside)
 

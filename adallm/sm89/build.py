@@ -176,8 +176,8 @@ def builds() -> list[Named]:
         shape = Shape(4, queries, 8, 2, head_size, 100, 16)
         one = dataclasses.replace(shape, batch=1)
         for of, cache, what in (
-            *((shape, "fp8", what) for what in ("", ALL_OPTIONS, FP8_QUERIES)),
-            (one, "fp8", ""),
+            *((shape, "fp8", what) for what in ("", ALL_OPTIONS, FP8_QUERIES, NEW_TOKENS)),
+            *((one, "fp8", what) for what in ("", NEW_TOKENS)),
             (shape, "bf16", ""),
         ):
             given = attention(of, cache, what)
@@ -260,7 +260,7 @@ def product(kind: str, config: matmul.Config, k: int | None = None) -> dict[str,
     }
 
 
-ALL_OPTIONS, FP8_QUERIES, ONE_SEQUENCE = "all options", "FP8 queries", "one sequence"
+ALL_OPTIONS, FP8_QUERIES, NEW_TOKENS, ONE_SEQUENCE = "all options", "FP8 queries", "new tokens", "one sequence"
 
 
 def attention_kind(shape: Shape, cache: str, what: str = "") -> str:
@@ -279,7 +279,8 @@ def attention(
     Args:
         cache: of ``DTYPES``, as below.
         dtype: of the queries, or of keys and values below.
-        what: ``FP8_QUERIES``, or ``ALL_OPTIONS`` but for these, with scales of each token and head, not a number.
+        what: ``FP8_QUERIES``, ``NEW_TOKENS``, or ``ALL_OPTIONS``: all but FP8 queries, with scales of each token and
+            head, not a number.
     """
     table = (shape.batch, shape.blocks)
     q = meta(shape.batch, shape.queries, shape.q_heads, shape.head_size, dtype=dtype)
@@ -299,6 +300,9 @@ def attention(
         "scale": shape.head_size**-0.5,
         "fp8_queries": what == FP8_QUERIES,
     }
+    if what in (ALL_OPTIONS, NEW_TOKENS):
+        new = meta(shape.batch, shape.queries, shape.kv_heads, shape.head_size, dtype=dtype)
+        given |= {"k": new, "v": new, "slot_mapping": meta(shape.batch * shape.queries, dtype=torch.int64)}
     if what == ALL_OPTIONS:
         of_head, of_token = meta(shape.q_heads, dtype=torch.float32), meta(*_cache(shape)[:3], dtype=torch.float32)
         given |= {"window": 100, "soft_cap": 30.0, "sinks": of_head, "alibi_slopes": of_head}

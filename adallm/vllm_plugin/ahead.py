@@ -251,7 +251,8 @@ def _of_attention(job: Job, kind: Attention) -> Iterator[Launch]:
         batches.add(batch)
     for batch in sorted(batches):
         shape = dataclasses.replace(one, batch=batch)
-        yield decode.launch, build.attention(shape, cache, dtype=dtype, family=job.family) | options
+        what = build.NEW_TOKENS if batch <= decode_choice.WRITES_UP_TO else ""
+        yield decode.launch, build.attention(shape, cache, what, dtype=dtype, family=job.family) | options
     yield write_kv.launch, build.written(one, cache, dtype=dtype)
     yield gather_kv.launch, build.gathered(one, cache, dtype=dtype)
 

@@ -25,6 +25,7 @@ from vllm.v1.attention.backends.triton_attn import (
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from adallm.attention import Workspace, paged_decode, write_kv
+from adallm.kernels.decode_choice import WRITES_UP_TO
 from adallm.paged import BLOCK_SIZES, HEAD_SIZES, MAX_GQA, MAX_QUERIES
 from adallm.vllm_plugin import prefill
 from adallm.vllm_plugin.compat import FIRST, LAST
@@ -130,7 +131,8 @@ class Impl(TritonAttentionImpl):
                 "the other two. With ADALLM_ALLOW_FALLBACK=1 vLLM's Triton kernel runs such layers"
             )
         # What another layer has left in the cache is not in this one's keys and values.
-        alone = self._ours and self.kv_sharing_target_layer_name is None
+        self._writes = self.kv_sharing_target_layer_name is None
+        alone = self._ours and self._writes
         given = {"alibi": self.alibi_slopes is not None, "sinks": self.sinks is not None}
         self._version = prefill.version(head_size, **given) if alone else None
         self._flash: FlashAttention | None = None
@@ -188,9 +190,18 @@ class Impl(TritonAttentionImpl):
     ) -> Tensor:
         step = attn_metadata
         if step is None or not self._ours:
+            if step is not None:
+                self._write(layer, key, value, kv_cache, step, 0)
             return super().forward(layer, query, key, value, kv_cache, step, output, output_scale, output_block_scale)
+        tokens = step.decodes * step.queries
+        new = {}
+        if self._writes and step.decodes <= WRITES_UP_TO:
+            shape = (step.decodes, step.queries, self.num_kv_heads, self.head_size)
+            new = {"k": key[:tokens].view(shape), "v": value[:tokens].view(shape)}
+            new["slot_mapping"] = step.slot_mapping[:tokens]
+        self._write(layer, key, value, kv_cache, step, tokens if new else 0)
         if step.decodes:
-            self._decode(layer, query, kv_cache, step, output)
+            self._decode(layer, query, kv_cache, step, output, new)
         others = step.prompts
         if self._flash is not None:
             others = None if step.continued is None else step.continued.step
@@ -206,7 +217,9 @@ class Impl(TritonAttentionImpl):
                 super().forward(layer, q, key[of], value[of], kv_cache, others, out)
         return output
 
-    def _decode(self, layer: Any, query: Tensor, kv_cache: Tensor, step: Metadata, output: Tensor) -> None:
+    def _decode(
+        self, layer: Any, query: Tensor, kv_cache: Tensor, step: Metadata, output: Tensor, new: dict[str, Tensor]
+    ) -> None:
         tokens = step.decodes * step.queries
         k_cache, v_cache = self._caches(kv_cache)
         shape = (step.decodes, step.queries, self.num_heads, self.head_size)
@@ -222,20 +235,25 @@ class Impl(TritonAttentionImpl):
             soft_cap=self.logits_soft_cap,
             sinks=self._sinks,
             alibi_slopes=self._slopes,
+            **new,
             out=output[:tokens].view(shape),
             workspace=step.workspace,
         )
 
-    def do_kv_cache_update(
-        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    def _write(
+        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, step: TritonAttentionMetadata, first: int
     ) -> None:
-        tokens = slot_mapping.shape[0]
-        write_kv(key[:tokens], value[:tokens], *self._caches(kv_cache), slot_mapping, **self._scales(layer))
+        """Keys and values from a token on to their slots, unless another layer has written those of this one."""
+        if self._writes and step.num_actual_tokens > first:
+            of = slice(first, len(step.slot_mapping))
+            write_kv(key[of], value[of], *self._caches(kv_cache), step.slot_mapping[of], **self._scales(layer))
 
 
 class AdaLLMAttentionBackend(TritonAttentionBackend):
     """Decoders with heads, blocks and caches that our kernels take."""
 
+    # Decode attention writes new keys and values itself.
+    forward_includes_kv_cache_update: bool = True
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16]
     supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16", "fp8", "fp8_e4m3"]
 
