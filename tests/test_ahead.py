@@ -131,6 +131,7 @@ LAUNCH = """
 import sys, torch
 from adallm.attention import gather_kv, paged_decode, write_kv
 from adallm.kernels import choice
+from adallm.kernels.decode_choice import WRITES_UP_TO
 from adallm.linear import NVFP4Linear
 from adallm.nvfp4 import quantize
 for n, k in ((6144, 4096), (4096, 4096), (4096, 12288)):
@@ -148,7 +149,11 @@ for batch in (1, 2, 16, 17, 64, 65, 256, 257, 1024):
     table = torch.zeros(batch, 528, dtype=torch.int32, device="cuda")
     q = torch.randn(batch, 32, 128, device="cuda").bfloat16()
     lengths = torch.full((batch,), 20, dtype=torch.int32, device="cuda")
-    paged_decode(q, k_cache, v_cache, table, lengths, scale=0.1)
+    added = {}
+    if batch <= WRITES_UP_TO:
+        k = torch.randn(batch, 8, 128, device="cuda").bfloat16()
+        added = {"k": k, "v": k, "slot_mapping": torch.full((batch,), -1, device="cuda")}
+    paged_decode(q, k_cache, v_cache, table, lengths, scale=0.1, **added)
 torch.cuda.synchronize()
 """
 

@@ -240,30 +240,6 @@ def paged_decode_kernel(
         if not EARLY:
             of_query = b.to(tl.int64) * q_b + token * q_t + (h * G + of_head) * q_h
             loaded = tl.load(q + of_query[:, None] + e[None, :], mask=in_row[:, None] & in_e[None, :], other=0.0)
-        if FP8_QUERIES:
-            rows = loaded.to(tl.float32)
-            factor = token_scale(tl.max(tl.abs(rows), axis=1))
-            rows = to_e4m3(tl.math.div_rn(rows, factor[:, None]), FAST)
-            factor *= scale
-            if not FAST:
-                rows = rows.to(tl.float32)
-        elif PAIRS:
-            rows, rows_2 = _halves(loaded, Q)
-            exponent = tl.maximum(_exponent(rows), _exponent(rows_2))
-            down = ((254 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]
-            rows, rows_2 = rows * down, rows_2 * down
-            factor = (exponent << 23).to(tl.float32, bitcast=True) * scale
-            if FAST:
-                rows, rows_2 = rows.to(tl.float16), rows_2.to(tl.float16)
-        else:
-            rows = loaded
-            factor = tl.full([M], 1.0, tl.float32) * scale
-            if not FAST:
-                rows = rows.to(tl.float32)
-        if SCALES == "number":
-            factor *= k_scale
-        elif SCALES == "tensor":
-            factor *= tl.load(k_scale)
         if new_k is not None:  # noqa: SIM102 - a constant and a value: the compiler must see the first alone
             if (first_step + end) * N > tokens - T:
                 whose = b.to(tl.int64)
@@ -311,6 +287,30 @@ def paged_decode_kernel(
                     FAST,
                 )
                 tl.debug_barrier()
+        if FP8_QUERIES:
+            rows = loaded.to(tl.float32)
+            factor = token_scale(tl.max(tl.abs(rows), axis=1))
+            rows = to_e4m3(tl.math.div_rn(rows, factor[:, None]), FAST)
+            factor *= scale
+            if not FAST:
+                rows = rows.to(tl.float32)
+        elif PAIRS:
+            rows, rows_2 = _halves(loaded, Q)
+            exponent = tl.maximum(_exponent(rows), _exponent(rows_2))
+            down = ((254 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]
+            rows, rows_2 = rows * down, rows_2 * down
+            factor = (exponent << 23).to(tl.float32, bitcast=True) * scale
+            if FAST:
+                rows, rows_2 = rows.to(tl.float16), rows_2.to(tl.float16)
+        else:
+            rows = loaded
+            factor = tl.full([M], 1.0, tl.float32) * scale
+            if not FAST:
+                rows = rows.to(tl.float32)
+        if SCALES == "number":
+            factor *= k_scale
+        elif SCALES == "tensor":
+            factor *= tl.load(k_scale)
         position = tokens - T + token
         if slopes is not None:
             slope = tl.load(slopes + h * G + of_head) * LOG2E

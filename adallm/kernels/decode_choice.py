@@ -38,9 +38,9 @@ class Config:
 
 
 FEW = 64
-# Sequences up to which vLLM's steps have decode attention write new keys and values itself: with more, each program
-# would wait for what it writes several times, which a launch of its own does not.
-WRITES_UP_TO = 16
+# Sequences up to which decode attention writes new keys and values itself in vLLM's steps. With more a program waits
+# for what it writes several times, which on an H100 took as long as the launch that it saves; there is no record of it.
+WRITES_UP_TO = FEW
 # By rows of a tile: heads of up to 128 columns, and of up to 256; each for one sequence, for up to FEW and for more.
 # All are for E4M3; 16 bits take half the tokens. Those of 16 rows for "sm_90" were chosen by times on an H100 of which
 # there is no record. The others were not timed; those for "sm_89", which serves "sm_80" too, compile without spills
