@@ -36,11 +36,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from adallm import quantizers
 from adallm.formats import E2M1_MAX, E2M1_VALUES, E4M3_MAX, NVFP4_BLOCK, NVFP4_RANGE
 from adallm.rows import finite_amax, row_pieces, row_slices
 
 LAYOUTS = ("modelopt", "compressed-tensors")
-SCALE_RULES = ("max",)
+SCALE_RULES = quantizers.RULES
 INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # 0.125 in E4M3.
@@ -163,6 +164,7 @@ def quantize(
     global_scale: Tensor | float | None = None,
     layout: str = "modelopt",
     pad: bool = False,
+    importance: Tensor | None = None,
 ) -> NVFP4Tensor:
     """``scale = E4M3(block amax / 6 / g)``, ``code = E2M1(x / (scale * g))`` with ``g = amax / (6 * 448)``.
 
@@ -170,34 +172,50 @@ def quantize(
 
     Args:
         x: ``[..., K]``, bfloat16, float16 or float32, contiguous or not.
-        scale_rule: how block scales are chosen; ``"max"`` maps each block's amax to 6.
-        global_scale: multiplier to use in place of amax / 2688, a float or a float32 tensor, ``[]`` or one for a row.
+        scale_rule: how scales are chosen, of ``quantizers.RULES``; ``"max"``, the formula above, maps each block's amax
+            to 6.
+        global_scale: multiplier to use in place of the rule's, a float or a float32 tensor, ``[]`` or one for a row.
             Blocks beyond 2688 times it saturate.
         layout: whose arithmetic to reproduce, ``"modelopt"`` or ``"compressed-tensors"`` (the table above).
         pad: append zeros up to a multiple of 16 columns; ``dequantize`` removes them.
+        importance: ``[K]``, of each column, for ``"imatrix"``.
 
     Raises:
         ValueError: a dtype, rule or layout that is not supported; K not a multiple of 16 without ``pad``; a NaN or
             infinity, with its index; no element or all zeros, which leave the global scale undefined unless it is
-            given; a global scale that is not a positive FP32 number.
+            given; a global scale that is not a positive FP32 number; an importance that does not fit.
     """
     _check_arguments(x, scale_rule, layout, pad)
-    amax = finite_amax(x) if x.numel() else None
-    global_scale, divisor = _global_scale(x, amax, global_scale, layout)
-
+    quantizers.check_importance(scale_rule, importance, x.shape[-1])
     columns = x.shape[-1]
     padding = -columns % NVFP4_BLOCK
+    if padding and scale_rule in quantizers.SEARCHED:
+        x = torch.nn.functional.pad(x, (0, padding))
+        importance = None if importance is None else torch.nn.functional.pad(importance, (0, padding))
+    amax = finite_amax(x) if x.numel() else None
+    searched = global_scale is None and scale_rule in quantizers.SEARCHED
+    if searched and amax is not None and amax.float() / NVFP4_RANGE > 0:
+        global_scale = quantizers.best_global_scale([x], scale_rule, importance)
+    global_scale, divisor = _global_scale(x, amax, global_scale, layout, quantizers.RANGES.get(scale_rule, NVFP4_RANGE))
+
     blocks = (columns + padding) // NVFP4_BLOCK
     rows = x.shape[:-1].numel()
     packed = torch.empty(rows, blocks * NVFP4_BLOCK // 2, dtype=torch.uint8, device=x.device)
     scale = torch.empty(rows, blocks, dtype=torch.float8_e4m3fn, device=x.device)
     for part, piece in row_pieces(x):
         piece = piece.float()
-        if padding:
+        if piece.shape[-1] < blocks * NVFP4_BLOCK:
             piece = torch.nn.functional.pad(piece, (0, padding))
         g, d = _of_rows(global_scale, part), _of_rows(divisor, part)
-        scale[part] = _block_scale(piece, x.dtype, g, d)
-        packed[part] = _pack(_codes(piece.unflatten(-1, (blocks, NVFP4_BLOCK)), _step(scale[part], g, d)).flatten(-2))
+        if scale_rule == "max":
+            scale[part] = _block_scale(piece, x.dtype, g, d)
+        else:
+            scale[part] = quantizers.block_scales(piece, scale_rule, g, importance)[0]
+        if scale_rule == "mse_fp8":
+            codes = quantizers.codes_for_products(piece, scale[part], g)
+        else:
+            codes = _codes(piece.unflatten(-1, (blocks, NVFP4_BLOCK)), _step(scale[part], g, d)).flatten(-2)
+        packed[part] = _pack(codes)
     return NVFP4Tensor(
         packed.view(*x.shape[:-1], packed.shape[-1]),
         scale.view(*x.shape[:-1], blocks),
@@ -272,9 +290,9 @@ def _check_arguments(x: Tensor, scale_rule: str, layout: str, pad: bool) -> None
 
 
 def _global_scale(
-    x: Tensor, amax: Tensor | None, given: Tensor | float | None, layout: str
+    x: Tensor, amax: Tensor | None, given: Tensor | float | None, layout: str, range_: float
 ) -> tuple[Tensor, Tensor | None]:
-    """The multiplier and, for compressed-tensors, the divisor."""
+    """The multiplier and, for compressed-tensors, the divisor; amax is ``range_`` multipliers if none is given."""
     if given is not None:
         value = torch.as_tensor(given, dtype=torch.float32, device=x.device)
         if value.shape not in ((), x.shape[:-1]):
@@ -292,9 +310,9 @@ def _global_scale(
         )
     if layout == "compressed-tensors":
         # Its division is in the dtype of the input, and 1 stands in where that overflows.
-        divisor = torch.nan_to_num(NVFP4_RANGE / amax, posinf=1.0).float()
+        divisor = torch.nan_to_num(range_ / amax, posinf=1.0).float()
         return divisor.reciprocal(), divisor
-    value = amax.float() / NVFP4_RANGE
+    value = amax.float() / range_
     if value == 0:
-        raise ValueError(f"x {list(x.shape)} has amax {float(amax)}: amax / 2688 underflows to 0 in FP32")
+        raise ValueError(f"x {list(x.shape)} has amax {float(amax)}: amax / {range_:g} underflows to 0 in FP32")
     return value, None

@@ -262,7 +262,7 @@ def test_amax_too_small():
         (torch.zeros(16, dtype=torch.int32), {}, "int32"),
         (torch.tensor(1.0), {}, r"shape \[\]"),
         (torch.zeros(3, 0), {}, r"shape \[3, 0\]"),
-        (torch.ones(16), {"scale_rule": "best"}, "scale_rule 'best'; supported: max"),
+        (torch.ones(16), {"scale_rule": "best"}, "scale_rule 'best'; supported: max, four_over_six"),
         (torch.ones(16), {"layout": "gguf"}, "layout 'gguf'; supported: modelopt, compressed-tensors"),
         (torch.ones(2, 16), {"global_scale": 0.0}, "positive and finite"),
         (torch.ones(2, 16), {"global_scale": -1.0}, "positive and finite"),
