@@ -302,7 +302,7 @@ def _global_scale(
         divisor = value.reciprocal() if layout == "compressed-tensors" else None
         if not all(bool((torch.isfinite(v) & (v > 0)).all()) for v in (value, divisor) if v is not None):
             raise ValueError("global_scale, and its reciprocal for compressed-tensors, must be positive and finite")
-        return value, divisor
+        return (value, None) if divisor is None else (divisor.reciprocal(), divisor)
     if amax is None or amax == 0:
         what = "is all zeros: amax is 0" if x.numel() else "has no element: amax is undefined"
         raise ValueError(

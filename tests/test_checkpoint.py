@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from adallm import checkpoint, nvfp4
+from adallm import checkpoint, nvfp4, quantizers
 from adallm.checkpoint import CheckpointError, convert, load, load_dense, quantization_of
 from adallm.checkpoint import exact as exact_module
 from adallm.checkpoint import header as header_module
@@ -133,17 +133,24 @@ def test_quantize_each_weight_alone(tmp_path: Path, layout: str, shards: int) ->
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("rule", quantizers.RULES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_fused_layers_share_the_global_scale(tmp_path: Path, layout: str, dtype: torch.dtype) -> None:
+def test_fused_layers_share_the_global_scale(tmp_path: Path, layout: str, dtype: torch.dtype, rule: str) -> None:
     config = QWEN3 | {"dtype": str(dtype).removeprefix("torch.")}
     dense = dense_tensors(config, dtype)
     # Three shards, dealt in turn: no group lies in one file.
-    convert(write(tmp_path / "src", config, dense, 3), tmp_path / "dst", layout=layout)
+    weigh = {
+        name.removesuffix(".weight"): torch.arange(1.0, x.shape[1] + 1) for name, x in dense.items() if x.dim() == 2
+    }
+    given = {"scale_rule": rule} | ({"importance": weigh} if rule == "imatrix" else {})
+    convert(write(tmp_path / "src", config, dense, 3), tmp_path / "dst", layout=layout, **given)
     loaded = load(tmp_path / "dst")
     for i in range(2):
         for module, members in (("self_attn", ATTENTION[:3]), ("mlp", MLP[:2]), ("mlp", MLP[2:])):
             names = [f"model.layers.{i}.{module}.{member}.weight" for member in members]
-            together = nvfp4.quantize(torch.cat([dense[name] for name in names]), layout=layout)
+            whole = torch.cat([dense[name] for name in names])
+            importance = torch.arange(1.0, whole.shape[1] + 1) if rule == "imatrix" else None
+            together = nvfp4.quantize(whole, layout=layout, scale_rule=rule, importance=importance)
             assert same_bytes(torch.cat([loaded[name].packed for name in names]), together.packed)
             assert same_bytes(
                 torch.cat([loaded[name].scale.view(torch.uint8) for name in names]), together.scale.view(torch.uint8)
@@ -603,6 +610,23 @@ def test_bad_options(source: Path, calibrated: Path, tmp_path: Path) -> None:
         convert(calibrated, tmp_path / "dst", ignore=("lm_head", "o_proj"))
     with pytest.raises(ValueError, match="no linear layer"):
         convert(source, tmp_path / "dst", ignore=("*",))
+    assert not (tmp_path / "dst").exists()
+
+
+def test_importance_that_does_not_fit(source: Path, tmp_path: Path) -> None:
+    columns = {name: x.shape[1] for name, x in load_dense(source, None).items() if x.dim() == 2}
+    whole = {name.removesuffix(".weight"): torch.ones(k) for name, k in columns.items()}
+    first = "model.layers.0.mlp.down_proj"
+    for importance, message in (
+        ({}, "'imatrix' needs an importance of each layer"),
+        ({name: x for name, x in whole.items() if name != first}, f"there is no importance for {first}"),
+        (whole | {first: torch.ones(3)}, rf"{first}: importance is torch.float32 \[3\]"),
+        (whole | {first: torch.full((columns[f"{first}.weight"],), -1.0)}, rf"{first}: importance\[0\] is -1.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert(source, tmp_path / "dst", scale_rule="imatrix", importance=importance)
+    with pytest.raises(ValueError, match="'mse' takes no importance"):
+        convert(source, tmp_path / "dst", scale_rule="mse", importance=whole)
     assert not (tmp_path / "dst").exists()
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from adallm.checkpoint.directory import Directory
 from adallm.checkpoint.emit import quantization_configs
@@ -43,6 +45,7 @@ def convert(
     ignore: Iterable[str] = DEFAULT_IGNORE,
     kv_cache: str | None = None,
     share_scales: bool = True,
+    importance: Mapping[str, Tensor] | None = None,
     progress: bool = False,
 ) -> Conversion:
     """``dst`` = ``src`` in NVFP4: a BF16, FP16 or FP32 directory is quantized, an NVFP4 one changes its layout.
@@ -56,12 +59,13 @@ def convert(
         src: a directory that ``load`` reads.
         dst: must not exist; appears only when it is whole.
         layout: ``"modelopt"`` or ``"compressed-tensors"``.
-        scale_rule: how ``nvfp4.quantize`` chooses block scales.
+        scale_rule: how ``nvfp4.quantize`` chooses scales, of ``quantizers.RULES``.
         ignore: patterns of modules that stay dense: names, shell patterns, or ``re:`` and a regular expression; see
             ``names.Patterns``. A name stands for the modules inside it too.
         kv_cache: ``"fp8"`` declares an FP8 KV cache with scales of 1.0; None leaves it as the source has it.
-        share_scales: one global scale for q, k, v and one for gate and up, from the largest of them, as ModelOpt and
+        share_scales: one global scale for q, k, v and one for gate and up, as if they were one matrix, as ModelOpt and
             llm-compressor write: vLLM runs them as one matrix with one global scale.
+        importance: for ``"imatrix"``, of the columns of each layer, ``[K]`` by the name of the module.
         progress: show a bar on stderr.
 
     Raises:
@@ -82,11 +86,13 @@ def convert(
     checkpoint = open_checkpoint(src)
     plan: QuantizePlan | RelayoutPlan
     if checkpoint.quantization is None:
-        plan = QuantizePlan(checkpoint, layout, scale_rule, patterns, kv_cache, share_scales)
+        plan = QuantizePlan(checkpoint, layout, scale_rule, patterns, kv_cache, share_scales, importance)
         _warn(checkpoint.directory, patterns)
     else:
-        if scale_rule != "max" or patterns.patterns != DEFAULT_IGNORE:
-            raise ValueError(f"{src} is quantized already: scale_rule and ignore mean nothing for a change of layout")
+        if scale_rule != "max" or importance or patterns.patterns != DEFAULT_IGNORE:
+            raise ValueError(
+                f"{src} is quantized already: scale_rule, importance and ignore mean nothing for a change of layout"
+            )
         plan = RelayoutPlan(checkpoint, layout, kv_cache)
     quantized = sum(scheme.format == "nvfp4" for scheme in plan.schemes.values())
     if not quantized:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-from adallm import nvfp4
+from adallm import nvfp4, quantizers
 from adallm.checkpoint.errors import fail
 from adallm.checkpoint.header import open_tensors
 from adallm.checkpoint.layers import NVFP4_PARTS
@@ -40,7 +40,8 @@ class QuantizePlan:
 
     Raises:
         CheckpointError: a weight that must be quantized and cannot be, by its name or shape.
-        ValueError: a scale rule that is not supported; an FP8 KV cache for a model without k_proj.
+        ValueError: a scale rule that is not supported; an importance that does not fit it, or a layer; an FP8 KV cache
+            for a model without k_proj.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class QuantizePlan:
         ignore: Patterns,
         kv_cache: str | None,
         share_scales: bool,
+        importance: Mapping[str, Tensor] | None = None,
     ) -> None:
         if scale_rule not in nvfp4.SCALE_RULES:
             raise ValueError(f"scale_rule {scale_rule!r}; supported: {', '.join(nvfp4.SCALE_RULES)}")
@@ -64,6 +66,9 @@ class QuantizePlan:
             self._sort(name, ignore)
         self._add_kv = kv_scale_names(self._directory.files, layout) if kv_cache else {}
         self._groups = self._shared_groups() if share_scales else {}
+        self._importance = importance or {}
+        self._check_importance()
+        self._global_scales: dict[tuple[str, ...], Tensor] = {}
         self._amax: dict[tuple[str, ...], float] = {}
         self._dtypes: dict[tuple[str, ...], torch.dtype] = {}
         total = sum(header.nbytes for header in self._directory.headers.values())
@@ -73,7 +78,11 @@ class QuantizePlan:
         self.work = total + sum(self._directory.entry(name).nbytes for name in self._groups)
 
     def prepare(self, progress: Callable[[int], object]) -> None:
-        """Read the weights that share a global scale once, for the largest of each group."""
+        """Read the weights that share a global scale once, for the largest of each group, or the scale itself."""
+        if self._scale_rule in quantizers.SEARCHED:
+            for group in dict.fromkeys(self._groups.values()):
+                self._search(group, progress)
+            return
         for header in self._directory.headers.values():
             with open_tensors(header) as file:
                 for name in header.tensors.keys() & self._groups.keys():
@@ -87,6 +96,20 @@ class QuantizePlan:
                     if seen != weight.dtype:
                         self._dtypes[group] = torch.float32
                     progress(weight.nbytes)
+
+    def _search(self, group: tuple[str, ...], progress: Callable[[int], object]) -> None:
+        weights = []
+        for module in group:
+            name = f"{module}.weight"
+            with open_tensors(self._directory.headers[self._directory.files[name]]) as file:
+                weights.append(file.get_tensor(name))
+        amax = max(float(weight.abs().amax()) for weight in weights)
+        # Otherwise quantizing a weight of the group says what is wrong with it.
+        if 0 < amax < float("inf"):
+            # All are given the same input.
+            importance = self._importance.get(group[0])
+            self._global_scales[group] = quantizers.best_global_scale(weights, self._scale_rule, importance)
+        progress(sum(weight.nbytes for weight in weights))
 
     def convert(self, name: str, value: Tensor) -> Iterator[tuple[str, Tensor, None]]:
         """The tensors that take the place of one."""
@@ -122,6 +145,19 @@ class QuantizePlan:
                        f"{module!r} to leave it dense", tensor=name)  # fmt: skip
         self.schemes[module] = _WEIGHTS_ONLY
 
+    def _check_importance(self) -> None:
+        if (self._scale_rule == "imatrix") != bool(self._importance):
+            what = "needs an importance of each layer" if not self._importance else "takes no importance"
+            raise ValueError(f"scale_rule {self._scale_rule!r} {what}; 'imatrix' alone weighs columns")
+        for module in self.schemes if self._importance else ():
+            if (found := self._importance.get(module)) is None:
+                raise ValueError(f"there is no importance for {module}")
+            columns = self._directory.entry(f"{module}.weight".removeprefix(".")).shape[1]
+            try:
+                quantizers.check_importance("imatrix", found, columns)
+            except ValueError as error:
+                raise ValueError(f"{module}: {error}") from None
+
     def _shared_groups(self) -> dict[str, tuple[str, ...]]:
         groups = {}
         for module in self.schemes:
@@ -139,8 +175,9 @@ class QuantizePlan:
         if shared is not None and max(-float(low), float(high)) < shared:
             # One more row with the group's amax gives every scale rule the group's global scale.
             weight = torch.cat([weight, weight.new_full((1, weight.shape[1]), shared)])
+        given = {"importance": self._importance.get(split(name)[0]), "global_scale": self._global_scales.get(group)}
         try:
-            t = nvfp4.quantize(weight, scale_rule=self._scale_rule, layout=self._layout)
+            t = nvfp4.quantize(weight, scale_rule=self._scale_rule, layout=self._layout, **given)
         except ValueError as error:
             fail(self._directory.file(name), f"cannot be quantized: {error}", tensor=name)
         if weight.shape[0] == rows:
