@@ -39,8 +39,8 @@ def mxfp4(x: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
     return _by_block(x, MXFP4_BLOCK, _mxfp4, dtype)
 
 
-def int4(x: Tensor, *, symmetric: bool = False, dtype: torch.dtype | None = None) -> Tensor:
-    """``(clamp(round(x / scale) + zero, 0, 15) - zero) * scale`` for each group of 128 along K.
+def int4(x: Tensor, *, group: int = INT4_GROUP, symmetric: bool = False, dtype: torch.dtype | None = None) -> Tensor:
+    """``(clamp(round(x / scale) + zero, 0, 15) - zero) * scale`` for each group along K.
 
     Asymmetric: ``scale = (high - low) / 15``, ``zero = round(-low / scale)``, where low and high are the group's
     extremes and 0. Symmetric: ``scale = amax / 7.5``, ``zero = 8``, so that codes less 8 reach from -8 to 7. ``scale``
@@ -48,13 +48,14 @@ def int4(x: Tensor, *, symmetric: bool = False, dtype: torch.dtype | None = None
     2^-24, so a group of zeros stays zero. Everything else is FP32.
 
     Args:
-        x: ``[..., K]``, bfloat16, float16 or float32, K a multiple of 128.
+        x: ``[..., K]``, bfloat16, float16 or float32, K a multiple of ``group``.
+        group: columns that share a scale.
         dtype: of the result, that of ``x`` if None.
 
     Raises:
         ValueError: another dtype or K; a NaN or infinity, with its index; no element; a scale beyond FP16.
     """
-    return _by_block(x, INT4_GROUP, _int4_symmetric if symmetric else _int4, dtype)
+    return _by_block(x, group, _int4_symmetric if symmetric else _int4, dtype)
 
 
 FORMATS: Mapping[str, Callable[..., Tensor]] = {

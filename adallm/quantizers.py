@@ -50,8 +50,8 @@ def _in_e4m3(x: Tensor) -> Tensor:
     return torch.ldexp((mantissa * 16).round(), exponent - 4)
 
 
-# [127, 8]: what the FP8 cores multiply for each scale and E2M1 magnitude.
-_PRODUCTS = _in_e4m3(_SCALES[:, None] * torch.tensor(E2M1_VALUES[:8]))
+# [127, 8]: what the FP8 cores multiply, for each code of a scale and each E2M1 magnitude.
+PRODUCTS = _in_e4m3(_SCALES[:, None] * torch.tensor(E2M1_VALUES[:8]))
 
 
 def check_importance(rule: str, importance: Tensor | None, columns: int) -> None:
@@ -132,7 +132,7 @@ def codes_for_products(w: Tensor, scale: Tensor, global_scale: Tensor) -> Tensor
         uint8 ``[R, K]``.
     """
     y = (w.abs() / global_scale).view(-1, NVFP4_BLOCK)
-    code = _nearest(y, _PRODUCTS.to(w.device)[scale.view(torch.uint8).flatten().long()])
+    code = _nearest(y, PRODUCTS.to(w.device)[scale.view(torch.uint8).flatten().long()])
     return (code + 8 * torch.signbit(w).view_as(code)).to(torch.uint8).view_as(w)
 
 
@@ -149,7 +149,7 @@ def _six_or_four(y: Tensor) -> tuple[Tensor, Tensor]:
 def _searched(y: Tensor, of_column: Tensor | None, *, products: bool) -> tuple[Tensor, Tensor]:
     """Of ``[n, 16]`` magnitudes in units of the global scale: the best code of E4M3 for each block, and its error."""
     errors = (_ProductErrors if products else _Errors)(y)
-    limits = (_PRODUCTS[:, -1].contiguous() if products else _SCALES * E2M1_MAX).to(y.device)
+    limits = (PRODUCTS[:, -1].contiguous() if products else _SCALES * E2M1_MAX).to(y.device)
     weight = None if of_column is None else of_column.repeat(len(y) // len(of_column), 1)
     amax = y.amax(-1)
     least = torch.searchsorted(limits, amax).clamp_(1, _LARGEST)
@@ -225,7 +225,7 @@ class _ProductErrors(_Errors):
     def __init__(self, like: Tensor) -> None:
         super().__init__(like)
         # What E4M3 makes of 1.5 s, in units of s.
-        self._middle = (_PRODUCTS[:, 3] / _SCALES).nan_to_num(1.5).to(like.device)
+        self._middle = (PRODUCTS[:, 3] / _SCALES).nan_to_num(1.5).to(like.device)
 
     def _from_grid(
         self, quotient: Tensor, power: Tensor, nearest: Tensor, other: Tensor, code: Tensor, cut: bool

@@ -233,3 +233,11 @@ def find(record: Mapping[str, Any], **fields: Any) -> dict[str, Any]:
     if len(found) != 1:
         raise ValueError(f"{len(found)} rows of record {record['experiment']!r} have {fields}; it must be one")
     return found[0]
+
+
+def select(record: Mapping[str, Any], **fields: Sequence[Any]) -> dict[str, Any]:
+    """The record with those rows alone whose fields have one of the values, as in ``select(record, rule=("mse",))``; a
+    row without the field has None.
+    """
+    rows = [row for row in record["rows"] if all(row.get(name) in values for name, values in fields.items())]
+    return {**record, "rows": rows}

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from adallm import baselines, checkpoint, nvfp4, results
+from adallm import baselines, checkpoint, fp8, nvfp4, results
 from adallm.bench import accuracy
 from adallm.formats import BITS_PER_WEIGHT
 
@@ -110,10 +110,39 @@ def test_the_committed_record_is_what_the_library_computes():
     record = results.read(results.default_root() / "quantizers" / "cpu.json")
     matrices = [accuracy.distribution("student-t4", seed) for seed in range(accuracy.SEEDS)]
     name, weight = next(iter(accuracy.layers().items()))
-    live = accuracy.measure_source("student-t4", matrices, accuracy.FORMATS + accuracy.SWEEP)
-    for row in [*live, *accuracy.measure_source(f"tiny.{name}", [weight])]:
-        fields = {key: row[key] for key in ("source", "format", "block", "scale_format")}
+    live = accuracy.measure_source("student-t4", matrices, accuracy.FORMATS + accuracy.RULES + accuracy.SWEEP)
+    for row in [*live, *accuracy.measure_source(f"tiny.{name}", [weight], accuracy.FORMATS + accuracy.RULES)]:
+        fields = {key: row[key] for key in ("source", "format", "rule", "block", "scale_format")}
         assert results.find(record, **fields)["rel_sq_err"] == pytest.approx(row["rel_sq_err"], rel=1e-4)
+
+
+def test_the_rules_reach_what_they_are_for():
+    """Squared error relative to the max rule, and of FP8 products to the same codes exactly."""
+    record = results.read(results.default_root() / "quantizers" / "cpu.json")
+
+    def error(source, form, rule):
+        return results.find(record, source=source, format=form, rule=rule)["vs_max"]
+
+    for source, most in (("gaussian", 0.73), ("laplace", 0.792), ("student-t4", 0.813)):
+        assert error(source, "nvfp4", "mse") <= most
+    assert error("gaussian", "nvfp4", "four_over_six") <= 0.84
+    for source in (*accuracy.DISTRIBUTIONS, "tiny"):
+        assert error(source, "nvfp4", "mse") < error(source, "nvfp4", "four_over_six") < 1
+        exact, multiplied, best = (
+            error(source, form, rule)
+            for form, rule in (("nvfp4", "mse"), ("nvfp4-w4a8", "mse"), ("nvfp4-w4a8", "mse_fp8"))
+        )
+        assert best < multiplied
+        assert multiplied - best >= 0.5 * (multiplied - exact)
+
+
+def test_products_are_those_of_e4m3():
+    w = torch.randn(4, 64)
+    for rule in ("max", "mse_fp8"):
+        t = nvfp4.quantize(w, scale_rule=rule)
+        exact = nvfp4.dequantize(t) / t.global_scale
+        rounded = fp8.to_e4m3(exact / 8).float() * 8 * t.global_scale
+        assert torch.equal(accuracy.products_qdq(w, rule=rule), rounded)
 
 
 def test_main_writes_the_record(tmp_path, monkeypatch, capsys):
@@ -126,9 +155,9 @@ def test_main_writes_the_record(tmp_path, monkeypatch, capsys):
     assert accuracy.main([]) == 0
     assert torch.get_num_threads() == threads
     record = results.read(tmp_path / "quantizers" / "cpu.json")
-    assert len(record["rows"]) == (4 + 1) * (4 + 12) + 2 * 4
-    pooled = results.find(record, source="tiny", format="nvfp4")
-    parts = [results.find(record, source=f"tiny.{name}", format="nvfp4") for name in some]
+    assert len(record["rows"]) == (4 + 1) * (4 + 8 + 12) + 2 * (4 + 8)
+    pooled = results.find(record, source="tiny", format="nvfp4", rule="mse")
+    parts = [results.find(record, source=f"tiny.{name}", format="nvfp4", rule="mse") for name in some]
     energy = [float(w.double().square().sum()) for w in some.values()]
     expected = sum(e * row["rel_sq_err"] for e, row in zip(energy, parts, strict=True)) / sum(energy)
     assert pooled["rel_sq_err"] == pytest.approx(expected, rel=1e-4)

@@ -1,8 +1,10 @@
 """Weight error of each format, on four distributions and on the bundled model's layers.
 
 ``rel_sq_err = sum((w - qdq(w))^2) / sum(w^2)`` and ``sqnr_db = -10 log10(rel_sq_err)``. ``vs_max`` divides by the error
-of NVFP4 with the max rule on the same source. Beside the formats as they are stored, E2M1 is measured in blocks of 16
-to 128 under three kinds of scale, which tells the cost of the block from the cost of the scale.
+of NVFP4 with the max rule on the same source. NVFP4 is measured under each rule that needs the weights alone, with them
+as they are stored and, as ``nvfp4-w4a8``, as FP8 activations meet them: products of code and block scale in E4M3. And
+E2M1 is measured in blocks of 16 to 128 under three kinds of scale, which tells the cost of the block from the cost of
+the scale.
 
 The distributions are ``SEEDS`` matrices each; their ``stderr`` is that of the ratio over the matrices. ``tiny`` stands
 for all layers of the bundled model together, ``tiny.layers.0.mlp.down_proj`` for one of them.
@@ -17,14 +19,24 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from adallm import baselines, checkpoint, fp8, nvfp4, results, text, tiny
-from adallm.formats import BITS_PER_WEIGHT, E2M1_MAX, E2M1_VALUES, E8M0_BIAS, INT4_GROUP, MXFP4_BLOCK, NVFP4_RANGE
+from adallm import baselines, checkpoint, fp8, nvfp4, quantizers, results, text, tiny
+from adallm.formats import (
+    BITS_PER_WEIGHT,
+    E2M1_MAX,
+    E2M1_VALUES,
+    E8M0_BIAS,
+    INT4_GROUP,
+    MXFP4_BLOCK,
+    NVFP4_BLOCK,
+    NVFP4_RANGE,
+)
 
 MODEL = Path(tiny.__file__).resolve().parent / "model"
 DISTRIBUTIONS = ("gaussian", "laplace", "student-t4", "outliers")
@@ -51,6 +63,19 @@ class Scheme:
 def nvfp4_qdq(w: Tensor) -> Tensor:
     """Quantized with the max rule and dequantized, FP32."""
     return nvfp4.dequantize(nvfp4.quantize(w))
+
+
+def rule_qdq(w: Tensor, *, rule: str) -> Tensor:
+    """Quantized with another rule and dequantized, FP32."""
+    return nvfp4.dequantize(nvfp4.quantize(w, scale_rule=rule))
+
+
+def products_qdq(w: Tensor, *, rule: str) -> Tensor:
+    """As ``rule_qdq``, the product of each code and its block scale rounded to E4M3."""
+    t = nvfp4.quantize(w, scale_rule=rule)
+    codes = nvfp4.unpack(t.packed).long().unflatten(-1, (-1, NVFP4_BLOCK))
+    products = quantizers.PRODUCTS[t.scale.view(torch.uint8).long()].gather(-1, codes & 7)
+    return (torch.where(codes > 7, -products, products) * t.global_scale).flatten(-2)
 
 
 def fp8_qdq(w: Tensor) -> Tensor:
@@ -97,6 +122,19 @@ FORMATS = (
     Scheme("mxfp4", None, MXFP4_BLOCK, "e8m0", BITS_PER_WEIGHT["mxfp4"], baselines.mxfp4),
     Scheme("int4-g128", None, INT4_GROUP, "fp16", BITS_PER_WEIGHT["int4-g128"], baselines.int4),
     Scheme("fp8", None, None, "fp32", BITS_PER_WEIGHT["fp8"], fp8_qdq),
+)
+_BITS = BITS_PER_WEIGHT["nvfp4"]
+RULES = (
+    *(
+        Scheme("nvfp4", rule, 16, "e4m3", _BITS, partial(rule_qdq, rule=rule))
+        for rule in quantizers.RULES
+        if rule not in ("max", "imatrix")
+    ),
+    *(
+        Scheme("nvfp4-w4a8", rule, 16, "e4m3", _BITS, partial(products_qdq, rule=rule))
+        for rule in ("max", "four_over_six", "mse", "mse_fp8")
+    ),
+    Scheme("int4-g16", None, 16, "fp16", 4 + (16 + 4) / 16, partial(baselines.int4, group=16)),
 )
 SWEEP = tuple(
     Scheme(
@@ -166,14 +204,14 @@ def measure_source(
 
 def measure() -> Iterator[dict[str, Any]]:
     """All rows: the distributions, each layer of the bundled model, and all layers together."""
-    both = FORMATS + SWEEP
+    every, of_layers = FORMATS + RULES + SWEEP, FORMATS + RULES
     for name in DISTRIBUTIONS:
-        yield from measure_source(name, [distribution(name, seed) for seed in range(SEEDS)], both)
+        yield from measure_source(name, [distribution(name, seed) for seed in range(SEEDS)], every)
     weights = layers()
-    of_layer = {name: squares(weight, both) for name, weight in weights.items()}
+    of_layer = {name: squares(weight, every) for name, weight in weights.items()}
     for name, weight in weights.items():
-        yield from _rows(f"tiny.{name}", weight.shape, [of_layer[name][: len(FORMATS)]], FORMATS)
-    for row in _rows("tiny", (None, None), list(of_layer.values()), both):
+        yield from _rows(f"tiny.{name}", weight.shape, [of_layer[name][: len(of_layers)]], of_layers)
+    for row in _rows("tiny", (None, None), list(of_layer.values()), every):
         # All of them were measured: there is no sample to draw a standard error from.
         yield row | {"stderr": None}
 
@@ -229,11 +267,17 @@ def _rounded(value: float) -> float:
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> str:
-    """SQNR in dB by source and format, the layers of the bundled model together."""
+    """SQNR in dB, and squared error relative to NVFP4 with the max rule, by source, format and rule; the layers of the
+    bundled model together.
+    """
     sources = [*DISTRIBUTIONS, "tiny"]
-    of = {(row["source"], row["format"]): f"{row['sqnr_db']:.2f}" for row in rows if row["format"] != "e2m1"}
-    lines = [(scheme.format, *(of[source, scheme.format] for source in sources)) for scheme in FORMATS]
-    return text.table(("SQNR, dB", *sources), lines, align="l" + "r" * len(sources))
+    of = {(row["source"], row["format"], row["rule"]): row for row in rows if row["format"] != "e2m1"}
+    lines = []
+    for scheme in FORMATS + RULES:
+        found = [of[source, scheme.format, scheme.rule] for source in sources]
+        cells = [f"{row['sqnr_db']:.2f} {row['vs_max']:.4f}" for row in found]
+        lines.append((f"{scheme.format} {scheme.rule or ''}".rstrip(), *cells))
+    return text.table(("SQNR, dB, and vs max", *sources), lines, align="l" + "r" * len(sources))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

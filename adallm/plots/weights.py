@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib
 
+from adallm import results
 from adallm.plots.style import COLORS, GREY, STYLE, TITLES, look, new_figure, source_of, write_source
 
 SOURCES = {
@@ -20,6 +21,7 @@ SOURCES = {
 }
 SCALES = {"fp32": "FP32 (exact)", "e4m3": "E4M3 and a global scale", "e8m0": "E8M0 (powers of two)"}
 _LAYER = "tiny.layers."
+_STORED = (None, "max")  # rules of the formats as they are commonly stored
 _MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Where E2M1 under a scale format in blocks of some size is a format with a name.
 _NAMED = {("e4m3", 16): "nvfp4", ("e8m0", 32): "mxfp4"}
@@ -96,6 +98,7 @@ def block(
 
 def sqnr(record: Mapping[str, Any]) -> Any:
     """SQNR in dB, a group of bars for each source, a bar for each format."""
+    record = results.select(record, rule=_STORED)
     formats = _formats(record)
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure(size=(7.5, 3.6))
@@ -125,6 +128,7 @@ def sqnr(record: Mapping[str, Any]) -> Any:
 
 def sqnr_by_layer(record: Mapping[str, Any]) -> Any:
     """SQNR in dB of each layer of the bundled model: one map for each format of 4 bits, all on one scale."""
+    record = results.select(record, rule=_STORED)
     rows = [row for row in record["rows"] if row["source"].startswith(_LAYER)]
     names = [name for name in _formats(record) if name != "fp8"]
     value = {}
