@@ -66,7 +66,10 @@ def _add_quantize(subparsers: Any) -> None:
     parser.add_argument("dst", metavar="DST", help="the directory to write; it must not exist")
     parser.add_argument("--layout", choices=("modelopt", "compressed-tensors"), default="modelopt")
     parser.add_argument(
-        "--scale-rule", default="max", metavar="RULE", help="how block scales are chosen (default: max)"
+        "--scale-rule",
+        default="max",
+        metavar="RULE",
+        help="how scales are chosen: max (the default), four_over_six, mse or mse_fp8",
     )
     parser.add_argument(
         "--ignore",

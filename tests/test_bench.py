@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 
-from adallm import bench, nvfp4, results
+from adallm import bench, nvfp4, quantizers, results
 from adallm.bench import _timing, quantize
 
 
@@ -32,11 +32,22 @@ def test_run_by_name_writes_a_record(monkeypatch, tmp_path, capsys):
     assert bench.main(["quantize", "--device", "cpu", "--repeats", "2"]) == 0
     record = results.read(tmp_path / "quantize_speed" / "cpu.json")
     rows = record["rows"]
-    assert [(row["layout"], row["op"]) for row in rows] == [
-        (layout, op) for layout in nvfp4.LAYOUTS for op in ("quantize", "dequantize")
+    assert [(row["layout"], row["op"], row["rule"]) for row in rows] == [
+        *((layout, op, "max") for layout in nvfp4.LAYOUTS for op in ("quantize", "dequantize")),
+        *(("modelopt", "quantize", rule) for rule in quantizers.RULES[1:]),
     ]
     assert all(row["mweights_s"] > 0 and 0.05 < row["rel_err"] < 0.15 for row in rows)
     assert "small" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("rule", quantizers.SEARCHED)
+def test_a_scale_that_is_not_the_best_is_found(rule):
+    w, importance = quantize.weights(4, 64, "cpu"), torch.ones(64) if rule == "imatrix" else None
+    t = nvfp4.quantize(w, scale_rule=rule, importance=importance)
+    assert 0.05 < quantize.check_rule(w, t, rule, importance) < 0.15
+    worse = nvfp4.quantize(w, scale_rule="max", global_scale=t.global_scale)
+    with pytest.raises(ValueError, match=rf"{rule}: block \d+ has the squared error .* with another scale it has"):
+        quantize.check_rule(w, worse, rule, importance)
 
 
 @pytest.fixture(params=nvfp4.LAYOUTS)

@@ -1,7 +1,8 @@
-"""Throughput of the NVFP4 reference: quantize and dequantize, both layouts, BF16 weights.
+"""Throughput of the NVFP4 reference: quantize and dequantize, both layouts and all rules, BF16 weights.
 
 ``mweights_s = n * k / median time``. Before anything is timed, the values of the whole tensor are compared with their
-bound, and the bytes of sampled blocks with a second computation that uses Python floats and no torch arithmetic.
+bound, and the bytes of sampled blocks with a second computation that uses Python floats and no torch arithmetic; of the
+rules that search, the error of sampled blocks is compared with the least over all scales and codes.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import struct
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from adallm import nvfp4, results
+from adallm import nvfp4, quantizers, results
 from adallm.formats import E2M1_MAX, E2M1_VALUES, E4M3_MAX, E4M3_VALUES, NVFP4_BLOCK, NVFP4_RANGE
 
 # Real layers, from one that fits the cache of a core to one that fits no cache.
@@ -28,8 +30,8 @@ SHAPES = {"tiny.down_proj": (384, 768), "Qwen3-0.6B.gate_proj": (3072, 1024), "Q
 SEED = 0
 SAMPLED_BLOCKS = 64
 
-_COLUMNS = ("shape", "layout", "op", "ms", "ms_spread", "mweights_s", "rel_err")
-_ROW = "{:<22}{:<20}{:<12}{:>9}{:>11}{:>12}{:>9}"
+_COLUMNS = ("shape", "layout", "op", "rule", "ms", "ms_spread", "mweights_s", "rel_err")
+_ROW = "{:<22}{:<20}{:<12}{:<15}{:>9}{:>11}{:>12}{:>9}"
 
 
 def weights(n: int, k: int, device: str) -> Tensor:
@@ -67,6 +69,36 @@ def check(w: Tensor, t: nvfp4.NVFP4Tensor, dequantized: Tensor) -> float:
         expected = slow_block(w[row, at].float().tolist(), t, reciprocal=w.is_cuda)
         if (scale, codes) != expected:
             raise ValueError(f"block {block} of row {row} is {(scale, codes)}, but computed slowly it is {expected}")
+    return float((w.float() - dequantized).norm() / w.float().norm())
+
+
+def check_rule(w: Tensor, t: nvfp4.NVFP4Tensor, rule: str, importance: Tensor | None) -> float:
+    """``|w - dequantize(t)| / |w|`` of another rule than ``max``, after a look at sampled blocks.
+
+    Raises:
+        ValueError: a rule that searches, and a block with more error than another scale would give it.
+    """
+    blocks = torch.arange(0, t.scale.numel(), max(t.scale.numel() // SAMPLED_BLOCKS, 1))
+    dequantized = nvfp4.dequantize(t)
+    if rule in quantizers.SEARCHED:
+        y = (w.float() / t.global_scale).double().cpu().view(-1, NVFP4_BLOCK)[blocks].abs()
+        weight = torch.ones_like(y) if importance is None else importance.double().cpu().view(-1, NVFP4_BLOCK)
+        weight = weight[blocks % len(weight)]
+        exact = torch.tensor(E4M3_VALUES[1:0x7F])[:, None] * torch.tensor(E2M1_VALUES[:8])
+        products = (quantizers.PRODUCTS[1:] if rule == "mse_fp8" else exact).double()
+        least = torch.stack([((y[..., None] - row).abs().amin(-1).square() * weight).sum(-1) for row in products]).amin(
+            0
+        )
+        codes = nvfp4.unpack(t.packed).cpu().view(-1, NVFP4_BLOCK)[blocks].long() & 7
+        values = products[t.scale.view(torch.uint8).cpu().flatten()[blocks].long() - 1].gather(-1, codes)
+        found = ((y - values).square() * weight).sum(-1)
+        worse = (found > least * (1 + 1e-4)).nonzero()
+        if len(worse):
+            i = int(worse[0])
+            raise ValueError(
+                f"{rule}: block {int(blocks[i])} has the squared error {float(found[i])}, but with another scale it "
+                f"has {float(least[i])}"
+            )
     return float((w.float() - dequantized).norm() / w.float().norm())
 
 
@@ -126,16 +158,20 @@ def time_ms(run: Callable[[], object], device: str, *, repeats: int) -> tuple[fl
 
 
 def measure(device: str, *, repeats: int) -> list[dict[str, Any]]:
-    """One row for each shape, layout and operation, printed as it comes."""
+    """One row for each shape, layout, operation and rule, printed as it comes."""
     rows = []
-    for (shape, (n, k)), layout in itertools.product(SHAPES.items(), nvfp4.LAYOUTS):
+    others = [("modelopt", rule) for rule in quantizers.RULES[1:]]
+    for (shape, (n, k)), (layout, rule) in itertools.product(
+        SHAPES.items(), [*((layout, "max") for layout in nvfp4.LAYOUTS), *others]
+    ):
         w = weights(n, k, device)
-        t = nvfp4.quantize(w, layout=layout)
-        rel_err = check(w, t, nvfp4.dequantize(t))
-        operations: dict[str, Callable[[], object]] = {
-            "quantize": lambda w=w, layout=layout: nvfp4.quantize(w, layout=layout),
-            "dequantize": lambda t=t: nvfp4.dequantize(t, torch.bfloat16),
-        }
+        importance = torch.linspace(0.5, 2.0, k, device=device) if rule == "imatrix" else None
+        quantize = partial(nvfp4.quantize, w, layout=layout, scale_rule=rule, importance=importance)
+        t = quantize()
+        rel_err = check(w, t, nvfp4.dequantize(t)) if rule == "max" else check_rule(w, t, rule, importance)
+        operations: dict[str, Callable[[], object]] = {"quantize": quantize}
+        if rule == "max":
+            operations["dequantize"] = partial(nvfp4.dequantize, t, torch.bfloat16)
         for op, run in operations.items():
             ms, spread = time_ms(run, device, repeats=repeats)
             row = {
@@ -145,6 +181,7 @@ def measure(device: str, *, repeats: int) -> list[dict[str, Any]]:
                 "dtype": "bfloat16",
                 "layout": layout,
                 "op": op,
+                "rule": rule,
                 "impl": "reference",
                 "repeats": repeats,
                 "ms": round(ms, 4),
