@@ -319,7 +319,8 @@ def paged_decode_reference(
         v=v,
         slot_mapping=slot_mapping,
     )
-    for b, length in enumerate(seq_lens.tolist()):
+    lengths = seq_lens.tolist()
+    for b, length in enumerate(lengths):
         if not 0 <= length <= block_table.shape[1] * shape.block_size or 0 < length < shape.queries:
             raise ValueError(
                 f"seq_lens[{b}] is {length}; it must be 0, or from {shape.queries} to what {block_table.shape[1]} "
@@ -332,7 +333,7 @@ def paged_decode_reference(
     if fp8_queries:
         tokens = fp8.qdq(tokens)
     out = torch.zeros_like(tokens)
-    for b, length in enumerate(seq_lens.tolist()):
+    for b, length in enumerate(lengths):
         if not length:
             continue
         blocks = block_table[b, : -(-length // shape.block_size)].long()

@@ -189,13 +189,12 @@ def quantize(
     quantizers.check_importance(scale_rule, importance, x.shape[-1])
     columns = x.shape[-1]
     padding = -columns % NVFP4_BLOCK
-    if padding and scale_rule in quantizers.SEARCHED:
-        x = torch.nn.functional.pad(x, (0, padding))
-        importance = None if importance is None else torch.nn.functional.pad(importance, (0, padding))
+    if importance is not None:
+        importance = torch.nn.functional.pad(importance, (0, padding))
     amax = finite_amax(x) if x.numel() else None
     searched = global_scale is None and scale_rule in quantizers.SEARCHED
     if searched and amax is not None and amax.float() / NVFP4_RANGE > 0:
-        global_scale = quantizers.best_global_scale([x], scale_rule, importance)
+        global_scale = quantizers.best_global_scale([x], amax, scale_rule, importance)
     global_scale, divisor = _global_scale(x, amax, global_scale, layout, quantizers.RANGES.get(scale_rule, NVFP4_RANGE))
 
     blocks = (columns + padding) // NVFP4_BLOCK
@@ -204,7 +203,7 @@ def quantize(
     scale = torch.empty(rows, blocks, dtype=torch.float8_e4m3fn, device=x.device)
     for part, piece in row_pieces(x):
         piece = piece.float()
-        if piece.shape[-1] < blocks * NVFP4_BLOCK:
+        if padding:
             piece = torch.nn.functional.pad(piece, (0, padding))
         g, d = _of_rows(global_scale, part), _of_rows(divisor, part)
         if scale_rule == "max":

@@ -38,7 +38,8 @@ RANGES = {"max": NVFP4_RANGE, "four_over_six": E2M1_MAX * 256}
 
 _LARGEST = 0x7E  # the code of 448
 _OCTAVE = 8  # codes of E4M3 in an octave
-_SCALES = torch.tensor(E4M3_VALUES[: _LARGEST + 1])
+# On the CPU, whatever the default device is where this is imported.
+_SCALES = torch.tensor(E4M3_VALUES[: _LARGEST + 1], device="cpu")
 _EXPONENT = 0x7F800000  # of FP32
 # Added and taken off again, rounds FP32 between 1 and 2 to halves.
 _HALVES = 1.5 * 2**22
@@ -51,7 +52,7 @@ def _in_e4m3(x: Tensor) -> Tensor:
 
 
 # [127, 8]: what the FP8 cores multiply, for each code of a scale and each E2M1 magnitude.
-PRODUCTS = _in_e4m3(_SCALES[:, None] * torch.tensor(E2M1_VALUES[:8]))
+PRODUCTS = _in_e4m3(_SCALES[:, None] * torch.tensor(E2M1_VALUES[:8], device="cpu"))
 
 
 def check_importance(rule: str, importance: Tensor | None, columns: int) -> None:
@@ -76,25 +77,25 @@ def check_importance(rule: str, importance: Tensor | None, columns: int) -> None
 
 
 @torch.no_grad()
-def best_global_scale(tensors: Sequence[Tensor], rule: str, importance: Tensor | None = None) -> Tensor:
+def best_global_scale(tensors: Sequence[Tensor], amax: Tensor, rule: str, importance: Tensor | None = None) -> Tensor:
     """The ``g`` of ``GLOBAL_SCALES`` for a rule of ``SEARCHED``, with which tensors that share it have the least error.
 
     Args:
-        tensors: ``[..., K]``, K a multiple of 16, finite and not all zeros, on one device.
-        importance: ``[K]``, of all tensors.
+        tensors: ``[..., K]``, on one device; to a multiple of 16 columns zeros are appended.
+        amax: ``[]``, the largest magnitude in them, finite and not so small that a 2688th is 0 in FP32.
+        importance: of the columns of each tensor, those that are appended included.
 
     Returns:
         float32 ``[]``.
     """
-    amax = torch.stack([piece.abs().amax().float() for x in tensors for _, piece in row_pieces(x)]).amax()
     candidates = [(amax.double() / NVFP4_RANGE * factor).float() for factor in GLOBAL_SCALES]
-    errors = [torch.zeros((), dtype=torch.float64, device=amax.device) for _ in candidates]
+    errors = torch.zeros(len(candidates), dtype=torch.float64, device=amax.device)
     for x in tensors:
         for _, piece in row_pieces(x):
-            piece = piece.float()
-            for error, g in zip(errors, candidates, strict=True):
-                error += block_scales(piece, rule, g, importance)[1].double().sum() * g.double().square()
-    return candidates[int(torch.stack(errors).argmin())]
+            piece = torch.nn.functional.pad(piece.float(), (0, -piece.shape[-1] % NVFP4_BLOCK))
+            for i, g in enumerate(candidates):
+                errors[i] += block_scales(piece, rule, g, importance)[1].double().sum() * g.double().square()
+    return candidates[int(errors.argmin())]
 
 
 @torch.no_grad()
@@ -137,11 +138,11 @@ def codes_for_products(w: Tensor, scale: Tensor, global_scale: Tensor) -> Tensor
 
 
 def _six_or_four(y: Tensor) -> tuple[Tensor, Tensor]:
-    amax, found = y.amax(-1), []
+    amax, errors, found = y.amax(-1), _Errors(y), []
     for factor in (1.0, 1.5):
         scale = (amax * factor / E2M1_MAX).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)
         code = scale.view(torch.uint8).long().clamp_(min=1)
-        found.append((code, _Errors(y)(y, code, None)))
+        found.append((code, errors(y, code, None)))
     (six, of_six), (four, of_four) = found
     return torch.where(of_four < of_six, four, six), torch.minimum(of_four, of_six)
 

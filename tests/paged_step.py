@@ -46,11 +46,11 @@ def step(
     return q, k_cache, v_cache, table, torch.tensor(lengths, dtype=torch.int32), dense
 
 
-def last_slots(table, lengths, queries, block_size):
-    """Of the query tokens, -1 for those of an empty sequence."""
+def last_slots(table, lengths, queries, block_size=16):
+    """Of the query tokens, as many for each sequence; -1 for those of an empty one."""
     found = [
-        int(table[b, j // block_size]) * block_size + j % block_size if j >= 0 else -1
-        for b, length in enumerate(lengths)
-        for j in range(length - queries, length)
+        int(row[j // block_size]) * block_size + j % block_size if j >= 0 else -1
+        for row, length, count in zip(table, lengths, queries, strict=True)
+        for j in range(length - count, length)
     ]
     return torch.tensor(found, dtype=torch.int64)

@@ -129,7 +129,7 @@ def added_to_the_cache(lengths, groups, options, **sizes):
     before, after = given, [x.clone() for x in given]
     scales = {name: options[name] for name in SCALES if name in options}
     copied = options | {name: scale.clone() for name, scale in scales.items() if isinstance(scale, torch.Tensor)}
-    slots = last_slots(table, lengths, q.shape[1], k_cache.shape[1])
+    slots = last_slots(table, lengths, [q.shape[1]] * len(lengths), k_cache.shape[1])
     slots[-1] = -1  # nothing is written, what is there is read
     new = {"k": k.to(DEVICE), "v": v.to(DEVICE), "slot_mapping": slots.to(DEVICE)}
     write_kv_reference(*(new[name].flatten(0, 1) for name in "kv"), *before[1:3], new["slot_mapping"], **scales)

@@ -316,7 +316,7 @@ def test_sm89_ptx_of_decode_attention(queries, head_size, cache, what):
         chosen |= {"k_scale": 0.75, "v_scale": 3.0}
     if what in (build.ALL_OPTIONS, build.NEW_TOKENS):
         new = torch.randn(2, 4, queries, 2, head_size, device=DEVICE).bfloat16()
-        slots = last_slots(given[3], lengths, queries, given[1].shape[1]).to(DEVICE)
+        slots = last_slots(given[3], lengths, [queries] * len(lengths), given[1].shape[1]).to(DEVICE)
         chosen |= {"k": new[0], "v": new[1], "slot_mapping": slots}
     expected = paged_decode_reference(*given, **chosen)
     outputs = [decoded(launch, given, chosen) for launch in (partial(driver.run, decode.launch), decode.launch)]

@@ -15,8 +15,11 @@ pytestmark = [pytest.mark.gpu, pytest.mark.vllm, pytest.mark.slow]
 
 MODEL = evaluate.BUNDLED_MODEL
 PROMPTS = ("def __init__(self", "import os\nimport sys\n", "class TestCase(unittest.TestCase):\n    def")
+# Logits of BF16 are about 8 here, one unit of which is 2^-5; two candidates closer than this may change places.
+NEAR = 0.15
 TOKENS = 64
-# Standard deviations of a difference of two logits, within which two candidates may change places.
+# With FP8 activations a bit more or less in BF16 takes some to the next E4M3 number: how far that moves the likeliest
+# logits is measured, and two candidates within so many standard deviations of their difference may change places.
 DEVIATIONS = 4
 LIKELIEST = 16
 
@@ -69,23 +72,20 @@ def quantized(tmp_path_factory):
 
 
 def assert_greedy(found, path, form):
-    """Each token is the reference's likeliest, given those before it, or as good as that: how far logits go for no
-    reason but rounding is measured, with the same model computed in FP32 and in BF16.
-    """
+    """Each token is the reference's likeliest, given those before it, or as good as that."""
     reference = hf_model.load(path, hf_model.FORMATS[form])
-    exact = copy.deepcopy(reference).float()
+    exact = copy.deepcopy(reference).float() if hf_model.FORMATS[form].activations == "fp8" else None
     for prompt, tokens in found["outputs"]:
-        logits, others = (words(model, prompt, tokens) for model in (reference, exact))
-        of = logits.topk(LIKELIEST, -1).indices
-        moved = (logits - others).gather(1, of)
-        near = DEVIATIONS * 2**0.5 * float((moved - moved.mean(1, keepdim=True)).std())
-        best = logits.argmax(-1)
+        logits, near = words(reference, prompt, tokens), NEAR
+        if exact is not None:
+            moved = (logits - words(exact, prompt, tokens)).gather(1, logits.topk(LIKELIEST, -1).indices)
+            near = DEVIATIONS * 2**0.5 * float((moved - moved.mean(1, keepdim=True)).std())
+            assert near < 1
         lost = logits.amax(-1) - logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
-        wrong = [(i, float(lost[i])) for i in range(len(tokens)) if lost[i] > near]
-        print(form, "near-tie:", near, "passed over:", [(i, float(x)) for i, x in enumerate(lost) if x])
-        assert near < 1
-        assert not wrong, (prompt, near, wrong)
-        assert (best == torch.tensor(tokens)).float().mean() > 0.9
+        passed_over = [(i, float(x)) for i, x in enumerate(lost) if x]
+        print(form, "near-tie:", near, "passed over:", passed_over)
+        assert all(x <= near for _, x in passed_over), (prompt, near, passed_over)
+        assert len(passed_over) < 0.1 * len(tokens)
 
 
 def words(model, prompt, tokens):

@@ -9,6 +9,7 @@ import types
 
 import pytest
 import torch
+from paged_step import last_slots
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
@@ -505,12 +506,6 @@ def attention_step(lengths, queries, *, dtype=torch.float8_e4m3fn, heads=(6, 2, 
     return cache, table, torch.tensor(lengths, dtype=torch.int32), q, k, v
 
 
-def slots_of(table, lengths, queries, block=16):
-    """Of the last tokens of each sequence."""
-    spots = zip(table.tolist(), lengths, queries, strict=True)
-    return torch.tensor([row[j // block] * block + j % block for row, n, t in spots for j in range(n - t, n)])
-
-
 def implementation(window=None, *, cache="fp8", soft_cap=None, sinks=None):
     from adallm.vllm_plugin.attention import Impl
 
@@ -548,7 +543,7 @@ def test_decode_and_speculative_steps_of_the_backend(cache, alone, monkeypatch):
         assert not made.supports_quant_query_input
         scales = {"k_scale": 0.5, "v_scale": 2.0} if quantized else {}
         # New keys and values go to their slots.
-        slots = slots_of(table, lengths.tolist(), [queries] * 3)
+        slots = last_slots(table, lengths.tolist(), [queries] * 3)
         stored = kv.view(torch.uint8) if quantized else kv
         step = Metadata(**dict.fromkeys(TRITON_FIELDS), decodes=3, queries=queries)
         step.block_table, step.seq_lens = table, lengths
@@ -691,7 +686,7 @@ def test_who_runs_what_of_a_mixed_step(monkeypatch, flash):
     step, _ = split(monkeypatch, queries, lengths)
     kv, table, step.seq_lens, q, k, v = attention_step(lengths, queries)
     step.block_table, step.prompts.block_table, step.continued.step.block_table = table, table[2:], table[2:3]
-    step.slot_mapping = slots_of(table, lengths, queries)
+    step.slot_mapping = last_slots(table, lengths, queries)
     out = torch.full((21, 6, 64), float("nan")).bfloat16()
     triton = []
 

@@ -60,18 +60,13 @@ class Scheme:
     qdq: Callable[[Tensor], Tensor]
 
 
-def nvfp4_qdq(w: Tensor) -> Tensor:
-    """Quantized with the max rule and dequantized, FP32."""
-    return nvfp4.dequantize(nvfp4.quantize(w))
-
-
-def rule_qdq(w: Tensor, *, rule: str) -> Tensor:
-    """Quantized with another rule and dequantized, FP32."""
+def nvfp4_qdq(w: Tensor, *, rule: str = "max") -> Tensor:
+    """Quantized with a rule and dequantized, FP32."""
     return nvfp4.dequantize(nvfp4.quantize(w, scale_rule=rule))
 
 
 def products_qdq(w: Tensor, *, rule: str) -> Tensor:
-    """As ``rule_qdq``, the product of each code and its block scale rounded to E4M3."""
+    """As ``nvfp4_qdq``, the product of each code and its block scale rounded to E4M3."""
     t = nvfp4.quantize(w, scale_rule=rule)
     codes = nvfp4.unpack(t.packed).long().unflatten(-1, (-1, NVFP4_BLOCK))
     products = quantizers.PRODUCTS[t.scale.view(torch.uint8).long()].gather(-1, codes & 7)
@@ -126,7 +121,7 @@ FORMATS = (
 _BITS = BITS_PER_WEIGHT["nvfp4"]
 RULES = (
     *(
-        Scheme("nvfp4", rule, 16, "e4m3", _BITS, partial(rule_qdq, rule=rule))
+        Scheme("nvfp4", rule, 16, "e4m3", _BITS, partial(nvfp4_qdq, rule=rule))
         for rule in quantizers.RULES
         if rule not in ("max", "imatrix")
     ),

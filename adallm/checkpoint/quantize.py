@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -21,7 +22,8 @@ from adallm.checkpoint.names import (
 )
 from adallm.checkpoint.opened import Checkpoint
 from adallm.checkpoint.quantization import MODELOPT, Scheme
-from adallm.formats import NVFP4_BLOCK
+from adallm.formats import NVFP4_BLOCK, NVFP4_RANGE
+from adallm.rows import finite_amax
 
 _WEIGHTS_ONLY = Scheme("nvfp4", "block", None)
 # These store linear layers as [K, N]: blocks along the last dimension would run across the outputs.
@@ -103,12 +105,12 @@ class QuantizePlan:
             name = f"{module}.weight"
             with open_tensors(self._directory.headers[self._directory.files[name]]) as file:
                 weights.append(file.get_tensor(name))
-        amax = max(float(weight.abs().amax()) for weight in weights)
-        # Otherwise quantizing a weight of the group says what is wrong with it.
-        if 0 < amax < float("inf"):
-            # All are given the same input.
-            importance = self._importance.get(group[0])
-            self._global_scales[group] = quantizers.best_global_scale(weights, self._scale_rule, importance)
+        # Without one, quantizing a weight of the group says what is wrong with it. All are given the same input.
+        with contextlib.suppress(ValueError):
+            amax = torch.stack([finite_amax(weight).float() for weight in weights]).amax()
+            if amax / NVFP4_RANGE > 0:
+                importance = self._importance.get(group[0])
+                self._global_scales[group] = quantizers.best_global_scale(weights, amax, self._scale_rule, importance)
         progress(sum(weight.nbytes for weight in weights))
 
     def convert(self, name: str, value: Tensor) -> Iterator[tuple[str, Tensor, None]]:
@@ -146,15 +148,10 @@ class QuantizePlan:
         self.schemes[module] = _WEIGHTS_ONLY
 
     def _check_importance(self) -> None:
-        if (self._scale_rule == "imatrix") != bool(self._importance):
-            what = "needs an importance of each layer" if not self._importance else "takes no importance"
-            raise ValueError(f"scale_rule {self._scale_rule!r} {what}; 'imatrix' alone weighs columns")
-        for module in self.schemes if self._importance else ():
-            if (found := self._importance.get(module)) is None:
-                raise ValueError(f"there is no importance for {module}")
+        for module in self.schemes:
             columns = self._directory.entry(f"{module}.weight".removeprefix(".")).shape[1]
             try:
-                quantizers.check_importance("imatrix", found, columns)
+                quantizers.check_importance(self._scale_rule, self._importance.get(module), columns)
             except ValueError as error:
                 raise ValueError(f"{module}: {error}") from None
 

@@ -29,7 +29,7 @@ from adallm.kernels.decode_choice import Config, most_sequences, rows
 from adallm.kernels.decode_join import LOG2E, TEAM, join, out_scale
 from adallm.kernels.dequant import to_e4m3, token_scale
 from adallm.kernels.keys import fix_keys
-from adallm.kernels.write_kv import as_kept
+from adallm.kernels.write_kv import write_head
 from adallm.paged import Scale, Shape, kind_of
 
 # Numbers of parts that a warp loads at a time.
@@ -90,36 +90,6 @@ def _whole(groups, batch, equal, WHOLE: tl.constexpr):
     fewer = tl.where(sequences == 1, groups // batch * batch, batch // sequences)
     fits = equal & (sequences <= WHOLE) & (batch % sequences == 0) & (fewer * 16 >= groups * 15)
     return tl.where(fits, fewer, groups)
-
-
-@triton.jit
-def _add(
-    x,
-    x_t,
-    cache,
-    c_b,
-    c_t,
-    scale,
-    h,
-    heads,
-    slots,
-    T: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SCALES: tl.constexpr,
-    EIGHT: tl.constexpr,
-    FAST: tl.constexpr,
-):
-    """Keys, or values, of a sequence's query tokens to their slots; ``x`` and ``cache`` are those of head ``h``."""
-    TP: tl.constexpr = T if T <= 2 else (4 if T <= 4 else 8)
-    t, d = tl.arange(0, TP), tl.arange(0, DP)
-    slot = tl.load(slots + t, mask=t < T, other=-1)
-    inside = (slot >= 0)[:, None] & (d < D)[None, :]
-    y, factor = as_kept(tl.load(x + t[:, None] * x_t + d[None, :], mask=inside, other=0.0), scale, SCALES, EIGHT, FAST)
-    tl.store(cache + (slot // BLOCK * c_b + slot % BLOCK * c_t)[:, None] + d[None, :], y, mask=inside)
-    if SCALES == "token":
-        tl.store(scale + slot * heads + h, factor, mask=slot >= 0)
 
 
 @triton.jit(do_not_specialize=["batch", "parts", "scale", "soft_cap", "window"])
@@ -243,14 +213,11 @@ def paged_decode_kernel(
         if new_k is not None:  # noqa: SIM102 - a constant and a value: the compiler must see the first alone
             if (first_step + end) * N > tokens - T:
                 whose = b.to(tl.int64)
-                x, x_2, to = (
-                    new_k + whose * new_k_b + h * new_k_h,
-                    new_v + whose * new_v_b + h * new_v_h,
-                    slots + whose * T,
-                )
+                x, x_2 = new_k + whose * new_k_b + h * new_k_h, new_v + whose * new_v_b + h * new_v_h
+                to = slots + whose * T
                 PK: tl.constexpr = 2 if PAIRS else 1
                 PV: tl.constexpr = 2 if EIGHT else 1
-                _add(
+                write_head(
                     x,
                     new_k_t,
                     kept_k + h * PK * k_h,
@@ -268,7 +235,7 @@ def paged_decode_kernel(
                     EIGHT,
                     FAST,
                 )
-                _add(
+                write_head(
                     x_2,
                     new_v_t,
                     kept_v + h * PV * v_h,

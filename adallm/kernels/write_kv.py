@@ -15,7 +15,7 @@ _MAX = tl.constexpr(E4M3_MAX)
 
 
 @triton.jit
-def as_kept(y, scale, SCALES: tl.constexpr, EIGHT: tl.constexpr, FAST: tl.constexpr):
+def _as_kept(y, scale, SCALES: tl.constexpr, EIGHT: tl.constexpr, FAST: tl.constexpr):
     """Rows ``y``, each of a token's head, as a cache keeps them, and what they were divided by: with scales for each
     token that of each row. ``scale`` is as it is given to ``write_kv``.
     """
@@ -59,11 +59,41 @@ def _write(
     h, d = tl.arange(0, HP), tl.arange(0, DP)
     inside = (h < heads)[:, None] & (d < D)[None, :]
     y = tl.load(x + n * x_n + h[:, None] * x_h + d[None, :], mask=inside, other=0.0)
-    y, of_head = as_kept(y, scale, SCALES, EIGHT, FAST)
+    y, of_head = _as_kept(y, scale, SCALES, EIGHT, FAST)
     if SCALES == "token":
         tl.store(scale + slot * heads + h, of_head, mask=h < heads)
     at = slot // BLOCK * c_b + slot % BLOCK * c_t + h[:, None] * c_h + d[None, :]
     tl.store(cache + at, y, mask=inside)
+
+
+@triton.jit
+def write_head(
+    x,
+    x_t,
+    cache,
+    c_b,
+    c_t,
+    scale,
+    h,
+    heads,
+    slots,
+    T: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SCALES: tl.constexpr,
+    EIGHT: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """Keys, or values, of a sequence's query tokens to their slots; ``x`` and ``cache`` are those of head ``h``."""
+    TP: tl.constexpr = T if T <= 2 else (4 if T <= 4 else 8)
+    t, d = tl.arange(0, TP), tl.arange(0, DP)
+    slot = tl.load(slots + t, mask=t < T, other=-1)
+    inside = (slot >= 0)[:, None] & (d < D)[None, :]
+    y, factor = _as_kept(tl.load(x + t[:, None] * x_t + d[None, :], mask=inside, other=0.0), scale, SCALES, EIGHT, FAST)
+    tl.store(cache + (slot // BLOCK * c_b + slot % BLOCK * c_t)[:, None] + d[None, :], y, mask=inside)
+    if SCALES == "token":
+        tl.store(scale + slot * heads + h, factor, mask=slot >= 0)
 
 
 @triton.jit
