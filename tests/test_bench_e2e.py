@@ -201,6 +201,7 @@ def test_every_case_is_measured_and_recorded(tmp_path, capsys):
     assert rows[3] == {
         "model": "Qwen3-8B", "layers": 36, "impl": "bf16", "metric": "decode_tok_s", "batch": 1, "prompt": 32,
         "new": 128, "value": 100.0, "spread": 0.0, "repeats": 5, "path": "path of bf16",
+            "card": None,
     }  # fmt: skip
     assert record(tmp_path)["absent"] == []
     out = capsys.readouterr().out
@@ -263,6 +264,25 @@ def test_budget_and_append(tmp_path, capsys):
     _, fake = run(tmp_path, *argv, "--append", commit="c1")
     assert fake.asked == []
     assert "is of commit c0, this run of c1" in capsys.readouterr().err
+
+
+def test_runs_at_the_same_time_fill_one_record(tmp_path, monkeypatch):
+    argv = ("--metrics", "weights_gib", "--append")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+
+    class Slow(Fake):
+        def __call__(self, environment, log):
+            # Another run begins and ends in the meantime.
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+            run(tmp_path, *argv, "--impls", "adallm-auto", command="second")
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+            return super().__call__(environment, log)
+
+    run(tmp_path, *argv, "--impls", "bf16", fake=Slow())
+    found = record(tmp_path)
+    assert [(row["impl"], row["card"]) for row in found["rows"]] == [("bf16", "3"), ("adallm-auto", "1")]
+    assert [entry["command"] for entry in found["runs"]] == ["second", "first"]
+    assert [path.name for path in (tmp_path / "vllm_e2e").iterdir()] == ["h100.json"]
 
 
 def test_other_models_have_rows_of_their_own(tmp_path):

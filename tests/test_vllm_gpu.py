@@ -1,6 +1,7 @@
 """The plugin inside vLLM on a GPU: the bundled model's own words, by our kernels, in CUDA graphs."""
 
 import copy
+import inspect
 import json
 import os
 import subprocess
@@ -46,14 +47,14 @@ if __name__ == "__main__":
 """
 
 
-def generated(model, environment=None, **options):
-    given = {"model": str(model), "prompts": PROMPTS, "tokens": TOKENS, "options": options}
+def generated(model, prompts=PROMPTS, **options):
+    given = {"model": str(model), "prompts": prompts, "tokens": TOKENS, "options": options}
     one = {} if options.get("tensor_parallel_size", 1) > 1 else {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     # Greedy sampling does not need FlashInfer's, which is compiled when an engine starts.
     fixed = {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
     done = subprocess.run(
         [sys.executable, "-c", ENGINE, json.dumps(given)],
-        env=os.environ | fixed | one | (environment or {}),
+        env=os.environ | fixed | one,
         capture_output=True,
         text=True,
         timeout=580,
@@ -104,6 +105,18 @@ def test_greedy_words_are_the_references(quantized, form):
     assert (found["quantization"], found["backends"]) == ("adallm", ["CUSTOM"])
     assert "adallm decode, vLLM FlashAttention" in log
     assert_greedy(found, quantized, form)
+
+
+def test_a_prompt_that_comes_in_pieces(quantized):
+    """Longer than a step may be, beside others that are being generated: pieces behind what the cache has."""
+    source = inspect.getsource(inspect)
+    prompts = (source[:300], *PROMPTS, source[2000:2900])
+    options = {"additional_config": {"adallm": {"activations": "bf16"}}, "max_num_batched_tokens": 48}
+    found, _ = generated(
+        quantized, prompts, attention_backend="CUSTOM", kv_cache_dtype="fp8", max_num_seqs=8, **options
+    )
+    assert max(len(prompt) for prompt, _ in found["outputs"]) > 4 * 48
+    assert_greedy(found, quantized, "nvfp4-fp8kv")
 
 
 def test_two_gpus(quantized):

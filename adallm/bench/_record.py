@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+import contextlib
+import fcntl
+import os
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ Entry = Mapping[str, Any]
 
 class Record:
     """Rows, and what has none, of this run and, if ``append``, of the record that is there.
+
+    Runs that append may be under way at the same time: each keeps what the others have written.
 
     Attributes:
         experiment: the name of the folder; of a subclass.
@@ -34,11 +39,11 @@ class Record:
         self._provenance, self._root = provenance, root
         self.rows: list[dict[str, Any]] = []
         self.absent: list[dict[str, Any]] = []
-        self.runs: list[dict[str, Any]] = []
-        path = Path(root or results.default_root()) / self.experiment / f"{results.slug(provenance['gpu'])}.json"
-        if append and path.is_file():
-            self._read(path)
-        self.runs.append({name: provenance[name] for name in ("command", "date")})
+        self._run = {name: provenance[name] for name in ("command", "date")}
+        self.runs: list[dict[str, Any]] = [self._run]
+        self._append, self._own = append, set[Hashable]()
+        self._path = Path(root or results.default_root()) / self.experiment / f"{results.slug(provenance['gpu'])}.json"
+        self._read()
 
     def case_of(self, entry: Entry) -> Hashable | None:
         """What tells the entry's case from others; None for a bandwidth."""
@@ -52,7 +57,11 @@ class Record:
         """Put into the row of a case what part it is of the bandwidths, ``tb_s`` of ``BANDWIDTHS``."""
         raise NotImplementedError
 
-    def _read(self, path: Path) -> None:
+    def _read(self) -> None:
+        """Take in what the file has of cases that are not this run's own."""
+        path = self._path
+        if not self._append or not path.is_file():
+            return
         old = results.read(path)
         if self._provenance["commit"] is None:
             raise ValueError("the commit is unknown, so nothing can be appended; set ADALLM_COMMIT")
@@ -62,7 +71,25 @@ class Record:
                     f"{path} is of {name} {old['provenance'][name]}, this run of {self._provenance[name]}; "
                     "without --append it is replaced"
                 )
-        self.rows, self.absent, self.runs = old["rows"], old["absent"], old["runs"]
+        bandwidths = [row for row in self.rows if row["impl"] in BANDWIDTHS]
+        self.rows = self._others(old["rows"]) + [row for row in self.rows if self.case_of(row) in self._own]
+        self.absent = self._others(old["absent"]) + [entry for entry in self.absent if self.case_of(entry) in self._own]
+        self.add_bandwidth(bandwidths)
+        self.runs = [run for run in old["runs"] if run != self._run] + [self._run]
+
+    def _others(self, entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [entry for entry in entries if self.case_of(entry) not in self._own]
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """While no other run that appends reads or writes the file."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        folder = os.open(self._path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(folder)
 
     def tried(self, case: Hashable) -> set[str]:
         """The implementations that have a row for this case or a reason for having none."""
@@ -77,26 +104,33 @@ class Record:
 
     def add(self, case: Hashable, rows: Iterable[Entry], absent: Iterable[Entry]) -> None:
         """Take in a case, in place of what there was of it."""
+        self._own.add(case)
         self.rows = [row for row in self.rows if self.case_of(row) != case] + [dict(row) for row in rows]
         self.absent = [entry for entry in self.absent if self.case_of(entry) != case] + [dict(e) for e in absent]
 
     def write(self) -> Path:
-        """Order the rows, compare each with the bandwidths, and write the file."""
-        self.rows.sort(key=self._order)
-        self.absent.sort(key=self._order)
-        tb_s = {row["impl"]: row["tb_s"] for row in self.rows if row["impl"] in BANDWIDTHS}
-        for row in self.rows:
-            if row["impl"] not in BANDWIDTHS:
-                self.compare(row, tb_s)
-        return results.write(
-            self.experiment,
-            self.rows,
-            provenance=self._provenance,
-            root=self._root,
-            spread="interquartile range",
-            absent=self.absent,
-            runs=self.runs,
-        )
+        """Order the rows, compare each with the bandwidths, and write the file.
+
+        Raises:
+            ValueError: as in the constructor, if another run has written a record since.
+        """
+        with self._alone():
+            self._read()
+            self.rows.sort(key=self._order)
+            self.absent.sort(key=self._order)
+            tb_s = {row["impl"]: row["tb_s"] for row in self.rows if row["impl"] in BANDWIDTHS}
+            for row in self.rows:
+                if row["impl"] not in BANDWIDTHS:
+                    self.compare(row, tb_s)
+            return results.write(
+                self.experiment,
+                self.rows,
+                provenance=self._provenance,
+                root=self._root,
+                spread="interquartile range",
+                absent=self.absent,
+                runs=self.runs,
+            )
 
     def _order(self, entry: Entry) -> tuple[int, ...]:
         if entry["impl"] in BANDWIDTHS:

@@ -15,7 +15,8 @@ fails in this has no rows, and its reason is in ``absent``.
 =================  ===================================================================================================
 
 Prompts are random tokens, never the same twice, the same for all. A value is the median of ``repeats``, ``spread``
-their interquartile range.
+their interquartile range. On a machine with several GPUs, several runs with ``--append`` may fill one record at the
+same time, each on a GPU of its own: ``card`` is ``CUDA_VISIBLE_DEVICES`` of the run, None if it is not set.
 """
 
 from __future__ import annotations
@@ -153,6 +154,7 @@ class Workers:
             "spread": None if spread is None else float(f"{spread:.3g}"),
             "repeats": len(values) - WARM_UP if len(values) > WARM_UP else len(values),
             "path": self._started["path"],
+            "card": os.environ.get("CUDA_VISIBLE_DEVICES"),
         }
         return [case | row], []
 
