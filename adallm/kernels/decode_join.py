@@ -127,7 +127,8 @@ def join(
     else:
         _wait(counter, group - first)
         row, column = tl.arange(0, ROWS), tl.arange(0, DP)
-        of_row = of_tile // heads * M + row
+        # Nothing is added, as in the caller's loop.
+        of_row = of_tile // heads * M + row + (lowest < 0).to(tl.int32)
         in_row = of_row < T * G
         m = tl.full([ROWS], float("-inf"), tl.float32)
         total, acc = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, DP], tl.float32)
