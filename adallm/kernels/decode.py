@@ -204,7 +204,7 @@ def paged_decode_kernel(
         count = tl.maximum((tokens + N - 1) // N - first_step, 1)
         before = tl.sum(tl.where(of_b, ends, 0)) - count
         begin, end = tl.maximum(start - before, 0), stop - before
-        # Nothing is added: else what follows from the row is computed before the loop, and kept in registers for the end.
+        # Nothing is added: else what follows from the row is computed before the loop and kept in registers.
         of_row = of_tile // heads * M + row + (stop < 0).to(tl.int32)
         in_row, token, of_head = of_row < T * G, of_row // G, of_row % G
 
