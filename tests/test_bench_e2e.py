@@ -310,9 +310,12 @@ def test_summary():
     assert one == {
         "model": "Qwen3-8B", "layers": 36, "metric": "decode_tok_s", "batch": 1, "ours": "adallm-auto", "value": 240.0,
         "stock": "stock-marlin-flashinfer", "vs_stock": 1.5, "vs_bf16": 2.4,
+        "same_head": 1.5,
     }  # fmt: skip
     # Less is better.
     assert (weights["ours"], weights["vs_stock"], weights["vs_bf16"]) == ("adallm-auto-lm-head", 1.5, 3.75)
+    # The smallest of ours has an NVFP4 lm_head, which stock vLLM has not.
+    assert weights["same_head"] == 1.2
     assert (many["batch"], many["stock"], many["vs_stock"], many["vs_bf16"]) == (64, None, None, None)
     assert vllm_e2e.summary([]) == []
 
@@ -323,7 +326,9 @@ def test_report():
     assert "weights GiB" in lines[0]
     assert "decode x1 tok/s" in lines[0]
     assert lines[1].split() == ["bf16", "15.00", "100.0", "3000", "-"]
-    assert "decode x1 240.0 tok/s adallm-auto 1.50 2.40 stock-marlin-flashinfer" in [" ".join(x.split()) for x in lines]
+    assert "decode x1 240.0 tok/s adallm-auto 1.50 2.40 1.50 stock-marlin-flashinfer" in [
+        " ".join(x.split()) for x in lines
+    ]
     assert vllm_e2e.report([]) == ""
     assert vllm_e2e.report(ROWS, markdown=True).startswith("| Qwen3-8B, 36 layers ")
 

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from adallm import evaluate, results
-from adallm.bench import _attention_summary, _linear_summary, attention, linear, sm89
+from adallm.bench import _attention_summary, _linear_summary, attention, linear, sm89, vllm_e2e
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
 RESULTS = Path(__file__).resolve().parent.parent / "results"
@@ -28,11 +28,13 @@ def test_the_table_is_that_of_the_record():
 def test_the_tables_of_kernels_are_those_of_the_records():
     rows = results.read(RESULTS / "linear" / "h100-80gb-hbm3.json")["rows"]
     steps = results.read(RESULTS / "attention" / "h100-80gb-hbm3.json")["rows"]
+    engines = results.read(RESULTS / "vllm_e2e" / "h200.json")["rows"]
     for name, table in (
         ("linear times", _linear_summary.times_table(rows, "Qwen3-8B.gate_up", markdown=True)),
         ("linear groups", _linear_summary.groups_table(linear.summary(rows)["groups"], markdown=True)),
         ("attention times", _attention_summary.times_table(steps, "32/8/128", 16, markdown=True)),
         ("attention groups", _attention_summary.groups_table(attention.summary(steps)["groups"], markdown=True)),
+        ("vllm", vllm_e2e.report(engines, markdown=True)),
     ):
         assert README.partition(f"<!-- {name} -->\n")[2].partition(f"<!-- end {name} -->")[0].strip() == table
 

@@ -60,6 +60,8 @@ IMPLS = {
     "adallm-auto-lm-head": _ours("auto", "adallm W4A", "nvfp4"),
 }
 OURS = tuple(name for name, impl in IMPLS.items() if impl.ours)
+# Of those the ones that multiply by the checkpoint's own lm_head, as stock vLLM does.
+SAME_HEAD = tuple(name for name in OURS if IMPLS[name].expected["head"] == "Unquantized")
 STOCK = tuple(name for name, impl in IMPLS.items() if impl.quantized and not impl.ours)
 BF16 = "bf16"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from adallm.bench._e2e_impls import BF16, IMPLS, OURS, STOCK
+from adallm.bench._e2e_impls import BF16, IMPLS, OURS, SAME_HEAD, STOCK
 from adallm.text import table
 
 # Metric -> unit, and whether more is better.
@@ -26,7 +26,8 @@ def summary(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     Returns:
         ``model``, ``layers``, ``metric``, ``batch``; ``ours``, the best of ours, and its ``value``; ``stock``, the best
-        of stock vLLM with NVFP4; ``vs_stock`` and ``vs_bf16``. None where there is no row to compare with.
+        of stock vLLM with NVFP4; ``vs_stock`` and ``vs_bf16``; ``same_head``, the best of ours with an ``lm_head`` in
+        16 bits, which ``stock`` has, against that. None where there is no row to compare with.
     """
     found = []
     for key, values in _values(rows).items():
@@ -36,8 +37,13 @@ def summary(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             continue
         case: dict[str, Any] = dict(zip(("model", "layers", "metric", "batch"), key, strict=True))
         case |= {"ours": ours, "value": values[ours], "stock": stock}
-        for name, other in (("vs_stock", stock), ("vs_bf16", BF16 if BF16 in values else None)):
-            case[name] = None if other is None else _ratio(values[ours], values[other], more=more)
+        same = _best(values, SAME_HEAD, more=more)
+        for name, one, other in (
+            ("vs_stock", ours, stock),
+            ("vs_bf16", ours, BF16 if BF16 in values else None),
+            ("same_head", same, stock),
+        ):
+            case[name] = None if None in (one, other) else _ratio(values[one], values[other], more=more)
         found.append(case)
     return found
 
@@ -62,14 +68,14 @@ def report(rows: Iterable[Mapping[str, Any]], *, markdown: bool = False) -> str:
                 named(case["metric"], case["batch"]),
                 f"{_cell(case['value'], case['metric'])}{_unit(case['metric'])}",
                 case["ours"],
-                *(_times(case[name]) for name in ("vs_stock", "vs_bf16")),
+                *(_times(case[name]) for name in ("vs_stock", "vs_bf16", "same_head")),
                 case["stock"] or "-",
             ]
             for case in ratios
             if (case["model"], case["layers"]) == model
         ]
-        header = [title, "value", "best of ours", "vs stock", "vs bf16", "best of stock"]
-        parts.append(table(header, lines, align="lrlrrl", markdown=markdown))
+        header = [title, "value", "best of ours", "vs stock", "vs bf16", "vs stock, same lm_head", "best of stock"]
+        parts.append(table(header, lines, align="lrlrrrl", markdown=markdown))
     return "\n\n".join(parts)
 
 
