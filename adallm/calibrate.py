@@ -18,8 +18,7 @@ ModelOpt, whose names the tensors have, computes amax / 448 too, but writes at l
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -29,22 +28,16 @@ import torch
 import transformers
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from adallm import checkpoint, fp8, hf_model, text
 from adallm.checkpoint.writer import check_absent
 from adallm.formats import E4M3_MAX
 from adallm.hf_model import FORMATS
-from adallm.tiny import corpus
+from adallm.windows import TOKENS, check_tokens, read_windows
 
 METHODS = ("max", "percentile")
 PERCENTILE = 99.99
-TOKENS = 65_536
-MIN_TOKENS = 512
-# Tokens in a window; shorter where a model's context is.
-WINDOW = 2048
-# Characters of a file that are tokenized at a time.
-_PIECE = 1 << 20
 _MAGNITUDES = 1 << 15
 
 
@@ -90,7 +83,7 @@ def calibrate(
 ) -> Calibration:
     """``dst`` = ``model`` with KV-cache scales computed from text, and an FP8 KV cache declared.
 
-    The text is encoded document by document, as the tokenizer encodes a prompt, and read in windows of ``WINDOW``
+    The text is encoded document by document, as the tokenizer encodes a prompt, and read in windows of 2048
     tokens or the model's context, one at a time, each with a cache of its own. All other tensors are copied bit for
     bit; scales that are there are replaced.
 
@@ -100,7 +93,7 @@ def calibrate(
         text: UTF-8 files, each a document, in pieces of 2^20 characters if longer. By default the bundled corpus: the
             source of the running Python's standard library without test suites, its validation split and then its
             training split, never held-out text.
-        tokens: how many to read, from the beginning of the text; at least ``MIN_TOKENS``. Shorter text is read whole.
+        tokens: how many to read, from the beginning of the text; at least 512. Shorter text is read whole.
         method: ``"max"`` or ``"percentile"``.
         percentile: above 0, at most 100, of ``|x|``; ``PERCENTILE`` by default. For method ``"percentile"`` alone.
         progress: show bars on stderr.
@@ -109,7 +102,7 @@ def calibrate(
         CheckpointError: the model is damaged or contradicts itself.
         ValueError: an option that is not supported; a model that ``checkpoint.attention_layers`` refuses or whose keys
             do not pass through a cache of each layer; a tokenizer that is missing or does not fit; text that is not
-            UTF-8 or has fewer than ``MIN_TOKENS`` tokens; keys or values that are NaN or infinite, naming the layer.
+            UTF-8 or has fewer than 512 tokens; keys or values that are NaN or infinite, naming the layer.
         FileExistsError: ``dst`` exists.
         OSError: a file that cannot be read, or not enough disk space.
     """
@@ -120,12 +113,10 @@ def calibrate(
     percentile = PERCENTILE if percentile is None else float(percentile)
     if not 0 < percentile <= 100:
         raise ValueError(f"percentile {percentile}; it must be above 0 and at most 100")
-    if tokens < MIN_TOKENS:
-        raise ValueError(f"tokens {tokens}; calibration needs at least {MIN_TOKENS}")
     check_absent(Path(dst))
     source = Path(model)
     names = checkpoint.attention_layers(source)
-    windows = _windows(source, [text] if isinstance(text, str | Path) else text, tokens)
+    windows = read_windows(source, [text] if isinstance(text, str | Path) else text, tokens)
     seen = _observe(source, names, windows, title=Path(dst).name, progress=progress)
     layers = []
     for name in names:
@@ -226,9 +217,7 @@ def _observe(
     transformers.utils.logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = hf_model.load(source, FORMATS["nvfp4"], device=device)
-    largest, rows = max(map(max, windows)), model.get_input_embeddings().num_embeddings
-    if largest >= rows:
-        raise ValueError(f"{source}: the tokenizer gives token {largest}, but the model has {rows}")
+    check_tokens(source, windows, model.get_input_embeddings().num_embeddings)
     index = {
         name: module.layer_idx
         for name, module in model.named_modules()
@@ -248,44 +237,3 @@ def _observe(
                 )
             bar.update(len(window))
     return found
-
-
-def _windows(source: Path, files: Sequence[str | Path], tokens: int) -> list[list[int]]:
-    """The first ``tokens`` tokens in windows, none across two documents."""
-    try:
-        # Said outright, so that nobody is asked whether to run a program from the directory.
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False).get_text_config()
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:
-        raise ValueError(f"{source}: config or tokenizer cannot be loaded ({type(error).__name__}: {error})") from None
-    # What transformers makes of a directory without the tokenizer's files.
-    if len(tokenizer) <= len(tokenizer.all_special_ids):
-        raise ValueError(f"{source}: its tokenizer has no vocabulary; is tokenizer.json missing?")
-    length = min(getattr(config, "max_position_embeddings", None) or WINDOW, WINDOW)
-    windows, left = [], tokens
-    for document in _documents(files):
-        ids = tokenizer(document, verbose=False).input_ids[:left]
-        windows += [ids[i : i + length] for i in range(0, len(ids), length)]
-        left -= len(ids)
-        if not left:
-            break
-    if tokens - left < MIN_TOKENS:
-        raise ValueError(
-            f"{', '.join(map(os.fspath, files)) or 'the corpus'}: {tokens - left} tokens of text; calibration needs at "
-            f"least {MIN_TOKENS}"
-        )
-    return windows
-
-
-def _documents(files: Sequence[str | Path]) -> Iterator[str]:
-    if not files:
-        splits = corpus.load()
-        # Test suites are missing from some installations of Python.
-        yield from (d.text for name in ("validation", "train") for d in splits[name] if not corpus.is_test(d.path))
-    for file in files:
-        try:
-            with Path(file).open(encoding="utf-8") as stream:
-                while piece := stream.read(_PIECE):
-                    yield piece
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file} is not UTF-8: {error}") from None

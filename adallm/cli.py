@@ -69,8 +69,17 @@ def _add_quantize(subparsers: Any) -> None:
         "--scale-rule",
         default="max",
         metavar="RULE",
-        help="how scales are chosen: max (the default), four_over_six, mse or mse_fp8",
+        help="how scales are chosen: max (the default), four_over_six, mse or mse_fp8; by text, imatrix or gptq",
     )
+    parser.add_argument(
+        "--text",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="UTF-8 text for imatrix and gptq; may be repeated (default: source of Python's standard library that is "
+        "not held out)",
+    )
+    parser.add_argument("--tokens", type=int, default=65_536, metavar="N", help="of it to read (default: %(default)s)")
     parser.add_argument(
         "--ignore",
         action="append",
@@ -90,13 +99,15 @@ def _add_quantize(subparsers: Any) -> None:
 
 
 def _quantize(args: argparse.Namespace) -> int:
-    from adallm.checkpoint import convert
+    from adallm.calibrated import convert
 
     done = convert(
         args.src,
         args.dst,
         layout=args.layout,
         scale_rule=args.scale_rule,
+        text=args.text,
+        tokens=args.tokens,
         ignore=(*(() if args.lm_head else ("lm_head",)), *args.ignore),
         kv_cache=args.kv_cache,
         share_scales=not args.separate_scales,

@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import sys
 import tempfile
 import time
 import warnings
@@ -26,7 +27,7 @@ import torch
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from adallm import checkpoint, lm, results, text
+from adallm import calibrated, checkpoint, lm, results, text
 from adallm.hf_model import FORMATS
 from adallm.tasks import stdlib_ppl
 from adallm.tiny import corpus
@@ -42,6 +43,11 @@ _MEASURED_WITH = (
     "formats",
     "rows",
     "nvfp4",
+    "quantizers",
+    "gptq",
+    "calibrated",
+    "walk",
+    "windows",
     "fp8",
     "baselines",
     "linear",
@@ -164,13 +170,13 @@ def compare(
         baseline = None
         for form in formats:
             options = {"task": task, "limit": limit, "format": form, "scale_rule": scale_rule, "backend": backend}
-            measured = _cached(directory, options, progress)
+            measured = cached(directory, options, progress)
             baseline = baseline or measured
             rows += _rows(name, scale_rule, backend, measured, baseline)
     whole = name == BUNDLED_NAME and limit is None and backend == "hf" and tuple(tasks) == (DEFAULT_TASK,)
     slug = results.slug(provenance["gpu"])
     record_name = slug if whole and tuple(formats) == DEFAULT_FORMATS else f"{slug}-{results.slug(name)}"
-    source = corpus.describe(_documents()) if DEFAULT_TASK in tasks else None
+    source = corpus.describe(documents()) if DEFAULT_TASK in tasks else None
     path = results.write("eval", rows, provenance=provenance, name=record_name, root=root, corpus=source, limit=limit)
     path.with_suffix(".md").write_text(table(rows, markdown=True) + "\n")
     return path
@@ -252,6 +258,14 @@ def ratio_stderr(nats: Sequence[float], tokens: Sequence[int], n_bytes: int) -> 
     return math.sqrt(n / (n - 1) * squares) / math.log(2) / n_bytes
 
 
+def difference(measured: dict[str, Any], baseline: dict[str, Any]) -> tuple[float, float]:
+    """Bits per byte above those of a baseline on the same windows, and the standard error of that."""
+    nats = [a[1] - b[1] for a, b in zip(measured["windows"], baseline["windows"], strict=True)]
+    tokens = [w[0] for w in measured["windows"]]
+    error = ratio_stderr(nats, tokens, measured["bytes"])
+    return measured["bits_per_byte"] - baseline["bits_per_byte"], error
+
+
 def _rows(name: str, rule: str, backend: str, measured: dict, baseline: dict) -> list[dict[str, Any]]:
     form = FORMATS[measured["format"]]
     row = {
@@ -271,16 +285,15 @@ def _rows(name: str, rule: str, backend: str, measured: dict, baseline: dict) ->
             for key, value in measured["metrics"].items()
             if not key.endswith("_stderr")
         ]
-    difference = [a[1] - b[1] for a, b in zip(measured["windows"], baseline["windows"], strict=True)]
-    tokens = [w[0] for w in measured["windows"]]
+    delta, delta_stderr = difference(measured, baseline)
     fields = ("tokens", "bytes", "bits_per_byte", "stderr", "byte_perplexity", "word_perplexity", "perplexity")
     return [
         row
         | {field: measured[field] for field in fields}
         | {
-            "windows": len(tokens),
-            "delta": measured["bits_per_byte"] - baseline["bits_per_byte"],
-            "delta_stderr": ratio_stderr(difference, tokens, measured["bytes"]),
+            "windows": len(measured["windows"]),
+            "delta": delta,
+            "delta_stderr": delta_stderr,
         }
     ]
 
@@ -326,15 +339,20 @@ def table(rows: Sequence[dict[str, Any]], *, markdown: bool = False) -> str:
 
 
 @cache
-def _documents() -> list[corpus.Document]:
+def documents() -> list[corpus.Document]:
+    """The held-out text."""
     return stdlib_ppl.documents()
 
 
-def _cached(directory: Path, options: dict[str, Any], progress: bool) -> dict[str, Any]:
+def cached(directory: Path, options: dict[str, Any], progress: bool) -> dict[str, Any]:
+    """``perplexity`` with these options, from the cache where nothing that it depends on has changed."""
     path = cache_directory() / "eval" / f"{_key(directory, options)}.json"
     if path.is_file():
         if progress:
-            print(f"{FORMATS[options['format']].title}: unchanged, taken from {path.parent}", flush=True)
+            print(
+                f"{FORMATS[options['format']].title}, {options['scale_rule']}: unchanged, taken from {path.parent}",
+                flush=True,
+            )
         return json.loads(path.read_text())
     measured = perplexity(directory, progress=progress, **options)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -358,8 +376,11 @@ def _key(directory: Path, options: dict[str, Any]) -> str:
     for task in sorted(TASKS.glob("*.yaml")):
         digest.update(task.read_bytes())
     if options["task"] == DEFAULT_TASK:
-        digest.update(corpus.sha256(_documents()).encode())
+        digest.update(corpus.sha256(documents()).encode())
     for package in ("torch", "transformers", "lm_eval", "tokenizers"):
         digest.update(importlib.metadata.version(package).encode())
+    if options["scale_rule"] in calibrated.RULES:
+        # The text that they read is of the running Python.
+        digest.update(sys.version.encode())
     digest.update((torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu").encode())
     return digest.hexdigest()

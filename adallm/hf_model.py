@@ -25,7 +25,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from adallm import baselines, checkpoint, fp8
+from adallm import baselines, calibrated, checkpoint, fp8
 from adallm.formats import BITS_PER_WEIGHT
 from adallm.linear import DenseLinear, NVFP4Linear
 from adallm.nvfp4 import NVFP4Tensor
@@ -87,7 +87,7 @@ def load(directory: Path, form: Format, *, scale_rule: str = "max", device: str 
     Args:
         directory: a BF16 model, or an NVFP4 model of either layout, whose own weights are used. Of a BF16 model the
             NVFP4 formats run exactly the weights that ``adallm quantize`` would write.
-        scale_rule: how NVFP4 block scales are chosen for a BF16 model.
+        scale_rule: how NVFP4 scales are chosen for a BF16 model; those of ``calibrated.RULES`` read the bundled text.
 
     Raises:
         ValueError: an NVFP4 model with a format of other weights; experts that are not ``nn.Linear``; whatever
@@ -100,7 +100,7 @@ def load(directory: Path, form: Format, *, scale_rule: str = "max", device: str 
         )
         if form.weights == "nvfp4":
             with tempfile.TemporaryDirectory(prefix="adallm-") as scratch:
-                checkpoint.convert(directory, Path(scratch) / "nvfp4", scale_rule=scale_rule)
+                calibrated.convert(directory, Path(scratch) / "nvfp4", scale_rule=scale_rule)
                 stored = checkpoint.load(Path(scratch) / "nvfp4")
         elif form.weights != "bf16":
             _no_fused_experts(model)

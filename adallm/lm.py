@@ -12,7 +12,7 @@ from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
-from adallm import checkpoint, hf_model
+from adallm import calibrated, checkpoint, hf_model
 from adallm.hf_model import Format
 from adallm.vllm_command import any_build
 
@@ -90,7 +90,7 @@ def vllm(directory: Path, form: Format, *, scale_rule: str, scratch: Path, progr
         if form.weights == "nvfp4":
             target = scratch / f"{directory.name}-nvfp4-{scale_rule}"
             if not target.exists():
-                checkpoint.convert(directory, target, layout="modelopt", scale_rule=scale_rule, progress=progress)
+                calibrated.convert(directory, target, layout="modelopt", scale_rule=scale_rule, progress=progress)
             directory = target
     elif form.weights != "nvfp4":
         raise ValueError(f"{directory} holds NVFP4 weights; format {form.name!r} needs a BF16 model")

@@ -195,7 +195,9 @@ def quantize(
     searched = global_scale is None and scale_rule in quantizers.SEARCHED
     if searched and amax is not None and amax.float() / NVFP4_RANGE > 0:
         global_scale = quantizers.best_global_scale([x], amax, scale_rule, importance)
-    global_scale, divisor = _global_scale(x, amax, global_scale, layout, quantizers.RANGES.get(scale_rule, NVFP4_RANGE))
+    global_scale, divisor = resolve_global_scale(
+        x, amax, global_scale, layout, quantizers.RANGES.get(scale_rule, NVFP4_RANGE)
+    )
 
     blocks = (columns + padding) // NVFP4_BLOCK
     rows = x.shape[:-1].numel()
@@ -213,7 +215,7 @@ def quantize(
         if scale_rule == "mse_fp8":
             codes = quantizers.codes_for_products(piece, scale[part], g)
         else:
-            codes = _codes(piece.unflatten(-1, (blocks, NVFP4_BLOCK)), _step(scale[part], g, d)).flatten(-2)
+            codes = _codes(piece.unflatten(-1, (blocks, NVFP4_BLOCK)), block_step(scale[part], g, d)).flatten(-2)
         packed[part] = _pack(codes)
     return NVFP4Tensor(
         packed.view(*x.shape[:-1], packed.shape[-1]),
@@ -241,7 +243,7 @@ def dequantize(t: NVFP4Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     out = torch.empty(packed.shape[0], columns, dtype=dtype, device=packed.device)
     for part in row_slices(packed.shape[0], columns, packed.device):
         values = pairs.index_select(0, packed[part].flatten().int()).view(-1, scale.shape[-1], NVFP4_BLOCK)
-        values *= _step(scale[part], _of_rows(t.global_scale, part), _of_rows(t.divisor, part)).unsqueeze(-1)
+        values *= block_step(scale[part], _of_rows(t.global_scale, part), _of_rows(t.divisor, part)).unsqueeze(-1)
         out[part] = values.flatten(-2)[:, :columns]
     return out.view(*batch, columns)
 
@@ -266,7 +268,7 @@ def _codes(block: Tensor, step: Tensor) -> Tensor:
     return encode_e2m1(quotient)
 
 
-def _step(scale: Tensor, global_scale: Tensor, divisor: Tensor | None) -> Tensor:
+def block_step(scale: Tensor, global_scale: Tensor, divisor: Tensor | None) -> Tensor:
     return scale.float() * global_scale if divisor is None else scale.float() / divisor
 
 
@@ -288,7 +290,7 @@ def _check_arguments(x: Tensor, scale_rule: str, layout: str, pad: bool) -> None
         raise ValueError(f"x has {x.shape[-1]} columns, not a multiple of {NVFP4_BLOCK}; pass pad=True to append zeros")
 
 
-def _global_scale(
+def resolve_global_scale(
     x: Tensor, amax: Tensor | None, given: Tensor | float | None, layout: str, range_: float
 ) -> tuple[Tensor, Tensor | None]:
     """The multiplier and, for compressed-tensors, the divisor; amax is ``range_`` multipliers if none is given."""

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from adallm import calibrate as calibrate_module
-from adallm import checkpoint, hf_model
+from adallm import checkpoint, hf_model, windows
 from adallm.calibrate import Magnitudes, calibrate
 from adallm.checkpoint.emit import with_fp8_kv_cache
 from adallm.checkpoint.exact import same_bytes
@@ -277,7 +277,7 @@ def test_the_corpus_without_held_out_text(monkeypatch):
         "validation": [Document("c.py", "validation")],
     }
     monkeypatch.setattr(corpus, "load", lambda: splits)
-    assert list(calibrate_module._documents(())) == ["validation", "train"]
+    assert list(windows._documents(())) == ["validation", "train"]
 
 
 def test_the_command_has_the_defaults_of_the_function(monkeypatch, capsys):
@@ -296,8 +296,8 @@ def test_the_command_has_the_defaults_of_the_function(monkeypatch, capsys):
 def test_long_files_are_read_in_pieces(monkeypatch, tmp_path):
     (tmp_path / "a").write_text("abcdefgh", encoding="utf-8")
     (tmp_path / "b").write_text("ij", encoding="utf-8")
-    monkeypatch.setattr(calibrate_module, "_PIECE", 3)
-    assert list(calibrate_module._documents([tmp_path / "a", tmp_path / "b"])) == ["abc", "def", "gh", "ij"]
+    monkeypatch.setattr(windows, "_PIECE", 3)
+    assert list(windows._documents([tmp_path / "a", tmp_path / "b"])) == ["abc", "def", "gh", "ij"]
 
 
 OPTIONS = [

@@ -16,7 +16,7 @@ Only safetensors are read, never pickles; headers, index and config are checked 
 damaged or contradicts itself is a ``CheckpointError`` that names the file and the tensor.
 """
 
-from adallm.checkpoint.convert import Conversion, convert
+from adallm.checkpoint.convert import Conversion, convert, plan
 from adallm.checkpoint.errors import CheckpointError
 from adallm.checkpoint.kv_scales import attention_layers, write_kv_scales
 from adallm.checkpoint.opened import quantization_of
@@ -36,6 +36,7 @@ __all__ = [
     "inspect",
     "load",
     "load_dense",
+    "plan",
     "quantization_of",
     "write_kv_scales",
 ]

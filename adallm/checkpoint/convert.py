@@ -14,13 +14,13 @@ from torch import Tensor
 from adallm.checkpoint.directory import Directory
 from adallm.checkpoint.emit import quantization_configs
 from adallm.checkpoint.names import Patterns, split
-from adallm.checkpoint.opened import open_checkpoint
+from adallm.checkpoint.opened import Checkpoint, open_checkpoint
 from adallm.checkpoint.quantization import MODELOPT
 from adallm.checkpoint.quantize import QuantizePlan
 from adallm.checkpoint.relayout import RelayoutPlan
 from adallm.checkpoint.rewrite import rewrite
 from adallm.checkpoint.writer import check_absent
-from adallm.nvfp4 import LAYOUTS
+from adallm.nvfp4 import LAYOUTS, NVFP4Tensor
 
 DEFAULT_IGNORE = ("lm_head",)
 
@@ -46,6 +46,7 @@ def convert(
     kv_cache: str | None = None,
     share_scales: bool = True,
     importance: Mapping[str, Tensor] | None = None,
+    quantized: Mapping[str, NVFP4Tensor] | None = None,
     progress: bool = False,
 ) -> Conversion:
     """``dst`` = ``src`` in NVFP4: a BF16, FP16 or FP32 directory is quantized, an NVFP4 one changes its layout.
@@ -59,13 +60,14 @@ def convert(
         src: a directory that ``load`` reads.
         dst: must not exist; appears only when it is whole.
         layout: ``"modelopt"`` or ``"compressed-tensors"``.
-        scale_rule: how ``nvfp4.quantize`` chooses scales, of ``quantizers.RULES``.
+        scale_rule: how ``nvfp4.quantize`` chooses scales, of ``quantizers.RULES``, or ``"gptq"``.
         ignore: patterns of modules that stay dense: names, shell patterns, or ``re:`` and a regular expression; see
             ``names.Patterns``. A name stands for the modules inside it too.
         kv_cache: ``"fp8"`` declares an FP8 KV cache with scales of 1.0; None leaves it as the source has it.
         share_scales: one global scale for q, k, v and one for gate and up, as if they were one matrix, as ModelOpt and
             llm-compressor write: vLLM runs them as one matrix with one global scale.
         importance: for ``"imatrix"``, of the columns of each layer, ``[K]`` by the name of the module.
+        quantized: for ``"gptq"``, each layer's weight by the name of the module. ``calibrated.convert`` computes both.
         progress: show a bar on stderr.
 
     Raises:
@@ -75,6 +77,55 @@ def convert(
         FileExistsError: ``dst`` exists.
         OSError: not enough disk space.
     """
+    checkpoint, patterns = _opened(src, dst, layout, ignore, kv_cache)
+    plan: QuantizePlan | RelayoutPlan
+    if checkpoint.quantization is None:
+        plan = QuantizePlan(
+            checkpoint, layout, scale_rule, patterns, kv_cache, share_scales, importance or {}, quantized or {}
+        )
+        _warn(checkpoint.directory, patterns)
+    else:
+        if scale_rule != "max" or importance or quantized or patterns.patterns != DEFAULT_IGNORE:
+            raise ValueError(
+                f"{src} is quantized already: scale_rule, importance and ignore mean nothing for a change of layout"
+            )
+        plan = RelayoutPlan(checkpoint, layout, kv_cache)
+    weights = sum(scheme.format == "nvfp4" for scheme in plan.schemes.values())
+    if not weights:
+        raise ValueError(f"{src} has no linear layer that would be NVFP4")
+    nbytes = rewrite(
+        checkpoint.directory, plan, Path(dst), *_configs(checkpoint.directory, plan, layout), progress=progress
+    )
+    source_bytes = sum(header.nbytes for header in checkpoint.directory.headers.values())
+    return Conversion(Path(dst), layout, weights, source_bytes, nbytes)
+
+
+def plan(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    layout: str = MODELOPT,
+    ignore: Iterable[str] = DEFAULT_IGNORE,
+    kv_cache: str | None = None,
+    share_scales: bool = True,
+) -> dict[str, tuple[str, ...]]:
+    """The modules of a dense directory that ``convert`` would quantize, each with those that share its global scale.
+
+    Raises:
+        ValueError, FileExistsError: as ``convert``; and a source that is quantized already.
+    """
+    checkpoint, patterns = _opened(src, dst, layout, ignore, kv_cache)
+    if checkpoint.quantization is not None:
+        raise ValueError(f"{src} is quantized already")
+    found = QuantizePlan(checkpoint, layout, "max", patterns, kv_cache, share_scales).groups
+    if not found:
+        raise ValueError(f"{src} has no linear layer that would be NVFP4")
+    return found
+
+
+def _opened(
+    src: str | Path, dst: str | Path, layout: str, ignore: Iterable[str], kv_cache: str | None
+) -> tuple[Checkpoint, Patterns]:
     if isinstance(ignore, str):
         raise ValueError(f"ignore is the string {ignore!r}; it must be a sequence of patterns")
     if layout not in LAYOUTS:
@@ -83,25 +134,7 @@ def convert(
         raise ValueError(f"kv_cache {kv_cache!r}; supported: fp8, None")
     patterns = Patterns(ignore)
     check_absent(Path(dst))
-    checkpoint = open_checkpoint(src)
-    plan: QuantizePlan | RelayoutPlan
-    if checkpoint.quantization is None:
-        plan = QuantizePlan(checkpoint, layout, scale_rule, patterns, kv_cache, share_scales, importance)
-        _warn(checkpoint.directory, patterns)
-    else:
-        if scale_rule != "max" or importance or patterns.patterns != DEFAULT_IGNORE:
-            raise ValueError(
-                f"{src} is quantized already: scale_rule, importance and ignore mean nothing for a change of layout"
-            )
-        plan = RelayoutPlan(checkpoint, layout, kv_cache)
-    quantized = sum(scheme.format == "nvfp4" for scheme in plan.schemes.values())
-    if not quantized:
-        raise ValueError(f"{src} has no linear layer that would be NVFP4")
-    nbytes = rewrite(
-        checkpoint.directory, plan, Path(dst), *_configs(checkpoint.directory, plan, layout), progress=progress
-    )
-    source_bytes = sum(header.nbytes for header in checkpoint.directory.headers.values())
-    return Conversion(Path(dst), layout, quantized, source_bytes, nbytes)
+    return open_checkpoint(src), patterns
 
 
 def _configs(

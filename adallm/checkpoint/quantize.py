@@ -25,6 +25,9 @@ from adallm.checkpoint.quantization import MODELOPT, Scheme
 from adallm.formats import NVFP4_BLOCK, NVFP4_RANGE
 from adallm.rows import finite_amax
 
+# Of a checkpoint: those of a tensor, and what goes through a model.
+GPTQ = "gptq"
+RULES = (*nvfp4.SCALE_RULES, GPTQ)
 _WEIGHTS_ONLY = Scheme("nvfp4", "block", None)
 # These store linear layers as [K, N]: blocks along the last dimension would run across the outputs.
 _TRANSPOSED_MODELS = ("gpt2", "openai-gpt", "imagegpt")
@@ -55,9 +58,10 @@ class QuantizePlan:
         kv_cache: str | None,
         share_scales: bool,
         importance: Mapping[str, Tensor] | None = None,
+        quantized: Mapping[str, nvfp4.NVFP4Tensor] | None = None,
     ) -> None:
-        if scale_rule not in nvfp4.SCALE_RULES:
-            raise ValueError(f"scale_rule {scale_rule!r}; supported: {', '.join(nvfp4.SCALE_RULES)}")
+        if scale_rule not in RULES:
+            raise ValueError(f"scale_rule {scale_rule!r}; supported: {', '.join(RULES)}")
         self._directory, self._layout, self._scale_rule = checkpoint.directory, layout, scale_rule
         self.kv_cache = kv_cache
         self.schemes: dict[str, Scheme] = {}
@@ -68,8 +72,8 @@ class QuantizePlan:
             self._sort(name, ignore)
         self._add_kv = kv_scale_names(self._directory.files, layout) if kv_cache else {}
         self._groups = self._shared_groups() if share_scales else {}
-        self._importance = importance or {}
-        self._check_importance()
+        self._importance, self._quantized = importance or {}, quantized or {}
+        self._check_given()
         self._global_scales: dict[tuple[str, ...], Tensor] = {}
         self._amax: dict[tuple[str, ...], float] = {}
         self._dtypes: dict[tuple[str, ...], torch.dtype] = {}
@@ -77,10 +81,13 @@ class QuantizePlan:
         weights = [self._directory.entry(f"{module}.weight".removeprefix(".")) for module in self.schemes]
         packed = sum(entry.numel // 2 + entry.numel // NVFP4_BLOCK + 4 for entry in weights)
         self.nbytes = total - sum(entry.nbytes for entry in weights) + packed + 4 * len(self._add_kv)
-        self.work = total + sum(self._directory.entry(name).nbytes for name in self._groups)
+        read_twice = self._groups if scale_rule != GPTQ else {}
+        self.work = total + sum(self._directory.entry(name).nbytes for name in read_twice)
 
     def prepare(self, progress: Callable[[int], object]) -> None:
         """Read the weights that share a global scale once, for the largest of each group, or the scale itself."""
+        if self._scale_rule == GPTQ:
+            return
         if self._scale_rule in quantizers.SEARCHED:
             for group in dict.fromkeys(self._groups.values()):
                 self._search(group, progress)
@@ -127,6 +134,8 @@ class QuantizePlan:
             "scale": t.scale,
             "global_scale": t.global_scale if self._layout == MODELOPT else t.divisor.reshape(1),
         }
+        # Layers that share a scale, or are parts of one tensor, may share memory, which a file cannot.
+        parts = {role: part.clone() for role, part in parts.items()}
         for role, part in parts.items():
             yield f"{module}.{NVFP4_PARTS[self._layout][role]}".removeprefix("."), part, None
 
@@ -147,13 +156,25 @@ class QuantizePlan:
                        f"{module!r} to leave it dense", tensor=name)  # fmt: skip
         self.schemes[module] = _WEIGHTS_ONLY
 
-    def _check_importance(self) -> None:
+    def _check_given(self) -> None:
+        """Importance, or the quantized weight, of each layer, as the rule wants them."""
         for module in self.schemes:
-            columns = self._directory.entry(f"{module}.weight".removeprefix(".")).shape[1]
+            shape = self._directory.entry(f"{module}.weight".removeprefix(".")).shape
+            weight = self._quantized.get(module)
+            if (self._scale_rule == GPTQ) != (weight is not None):
+                what = "is missing" if weight is None else "is given"
+                raise ValueError(f"{module}: its quantized weight {what}; it belongs to scale_rule 'gptq' alone")
+            if weight is not None and (weight.shape != shape or (weight.divisor is None) != (self._layout == MODELOPT)):
+                raise ValueError(f"{module}: its quantized weight {list(weight.shape)} is of another shape or layout")
             try:
-                quantizers.check_importance(self._scale_rule, self._importance.get(module), columns)
+                quantizers.check_importance(self._scale_rule, self._importance.get(module), shape[1])
             except ValueError as error:
                 raise ValueError(f"{module}: {error}") from None
+
+    @property
+    def groups(self) -> dict[str, tuple[str, ...]]:
+        """Each module with those, itself among them, that share its global scale."""
+        return {module: self._groups.get(f"{module}.weight", (module,)) for module in self.schemes}
 
     def _shared_groups(self) -> dict[str, tuple[str, ...]]:
         groups = {}
@@ -164,6 +185,8 @@ class QuantizePlan:
         return groups
 
     def _quantize(self, name: str, weight: Tensor) -> nvfp4.NVFP4Tensor:
+        if (done := self._quantized.get(split(name)[0])) is not None:
+            return done
         group = self._groups.get(name)
         if weight.dtype == torch.float16 or self._dtypes.get(group, weight.dtype) != weight.dtype:
             weight = weight.float()
@@ -179,7 +202,7 @@ class QuantizePlan:
             fail(self._directory.file(name), f"cannot be quantized: {error}", tensor=name)
         if weight.shape[0] == rows:
             return t
-        return nvfp4.NVFP4Tensor(t.packed[:rows].clone(), t.scale[:rows].clone(), t.global_scale, t.divisor)
+        return nvfp4.NVFP4Tensor(t.packed[:rows], t.scale[:rows], t.global_scale, t.divisor)
 
 
 def kv_scale_names(tensors: dict[str, str], layout: str) -> dict[str, str]:

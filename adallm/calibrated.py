@@ -1,0 +1,155 @@
+"""NVFP4 checkpoints by rules that know the inputs of a layer from text: ``imatrix`` and ``gptq``.
+
+``imatrix`` weighs the error of a weight by E[x^2] of its column's input, as the model gives it before anything is
+quantized (``quantizers.py``). ``gptq`` goes through the layers in order: the inputs of a layer come from those before
+it as they were quantized (``gptq.py``). Layers that are run as one have one global scale, as with all rules.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from adallm import checkpoint, gptq, nvfp4, quantizers
+from adallm.checkpoint import Conversion
+from adallm.checkpoint.convert import DEFAULT_IGNORE
+from adallm.rows import finite_amax
+from adallm.walk import Moments, walk
+from adallm.windows import TOKENS, check_tokens, read_windows
+
+RULES = ("imatrix", "gptq")
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    scale_rule: str,
+    text: Sequence[str | Path] = (),
+    tokens: int = TOKENS,
+    layout: str = "modelopt",
+    ignore: Iterable[str] = DEFAULT_IGNORE,
+    kv_cache: str | None = None,
+    share_scales: bool = True,
+    progress: bool = False,
+) -> Conversion:
+    """``checkpoint.convert``, which has the other arguments and errors, with the rules of ``RULES`` too.
+
+    Args:
+        scale_rule: of ``quantizers.RULES``, or ``"gptq"``.
+        src: a BF16, FP16 or FP32 directory, with its tokenizer; the whole model is in memory.
+        text, tokens: of ``windows.read_windows``. For ``gptq`` at least as many tokens as the widest layer has columns.
+
+    Raises:
+        ValueError: an option that is not supported; text, tokenizer or model, as in ``windows.py`` and ``walk.py``;
+            inputs whose second moments are singular. A layer is named.
+    """
+    options = {
+        "layout": layout,
+        "ignore": ignore if isinstance(ignore, str) else list(ignore),
+        "kv_cache": kv_cache,
+        "share_scales": share_scales,
+    }
+    if scale_rule not in RULES:
+        if text or tokens != TOKENS:
+            raise ValueError(f"scale_rule {scale_rule!r} reads no text; those that do: {', '.join(RULES)}")
+        return checkpoint.convert(src, dst, scale_rule=scale_rule, **options, progress=progress)
+    source = Path(src)
+    groups = checkpoint.plan(source, dst, **options)
+    windows = read_windows(source, [text] if isinstance(text, str | Path) else text, tokens)
+    model = _load(source)
+    check_tokens(source, windows, model.get_input_embeddings().num_embeddings)
+    given = {"title": Path(dst).name, "progress": progress}
+    if scale_rule == "imatrix":
+        found = {"importance": _importance(model, windows, groups, **given)}
+    else:
+        _check_columns(model, groups, sum(map(len, windows)))
+        found = {"quantized": _quantized(model, windows, groups, layout, **given)}
+    del model
+    return checkpoint.convert(src, dst, scale_rule=scale_rule, **found, **options, progress=progress)
+
+
+def _load(source: Path) -> transformers.PreTrainedModel:
+    transformers.utils.logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", use_safetensors=True, trust_remote_code=False)
+    return model.eval()
+
+
+def _check_columns(model: nn.Module, groups: dict[str, tuple[str, ...]], tokens: int) -> None:
+    for name, module in model.named_modules():
+        if name in groups and module.weight.shape[1] > tokens:
+            raise ValueError(
+                f"{name} has {module.weight.shape[1]} columns and the text {tokens} tokens; 'gptq' needs as many tokens"
+            )
+
+
+def _importance(
+    model: transformers.PreTrainedModel,
+    windows: Sequence[Sequence[int]],
+    groups: dict[str, tuple[str, ...]],
+    **given: object,
+) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+
+    def visit(moments: Moments, _: Callable[[str], nn.Linear]) -> bool:
+        found.update({name: (total / total.mean()).float().cpu() for name, total in moments.items() if total.any()})
+        return False
+
+    walk(model, windows, groups, visit, diagonal=True, **given)
+    if missing := [name for name in groups if name not in found]:
+        raise ValueError(f"{missing[0]} is given zeros alone; ignore it, or take another rule")
+    return found
+
+
+def _quantized(
+    model: transformers.PreTrainedModel,
+    windows: Sequence[Sequence[int]],
+    groups: dict[str, tuple[str, ...]],
+    layout: str,
+    **given: object,
+) -> dict[str, nvfp4.NVFP4Tensor]:
+    found: dict[str, nvfp4.NVFP4Tensor] = {}
+
+    def visit(moments: Moments, module: Callable[[str], nn.Linear]) -> bool:
+        for group in dict.fromkeys(groups[name] for name in moments):
+            weights = [module(name).weight.detach() for name in group]
+            # All are given the same input.
+            together = _quantize(group, weights, moments[group[0]].to(weights[0].device), layout)
+            for name, weight, rows in zip(group, weights, _rows(weights), strict=True):
+                part = nvfp4.NVFP4Tensor(
+                    together.packed[rows], together.scale[rows], together.global_scale, together.divisor
+                )
+                weight.copy_(nvfp4.dequantize(part))
+                found[name] = part.to("cpu")
+        return True
+
+    walk(model, windows, groups, visit, diagonal=False, **given)
+    return found
+
+
+def _quantize(group: tuple[str, ...], weights: list[Tensor], moments: Tensor, layout: str) -> nvfp4.NVFP4Tensor:
+    amaxes = []
+    for name, weight in zip(group, weights, strict=True):
+        try:
+            amaxes.append(finite_amax(weight).float())
+        except ValueError as error:
+            raise ValueError(f"{name}.weight: {error}") from None
+    try:
+        amax = torch.stack(amaxes).amax()
+        importance = moments.diagonal().float()
+        quantizers.check_importance("imatrix", importance, len(importance))
+        best = quantizers.best_global_scale(weights, amax, "imatrix", importance)
+        return gptq.quantize(torch.cat(weights), moments, global_scale=best, layout=layout)
+    except ValueError as error:
+        raise ValueError(f"{group[0]}: {error}") from None
+
+
+def _rows(weights: Sequence[Tensor]) -> list[slice]:
+    ends = torch.tensor([0, *(len(weight) for weight in weights)]).cumsum(0).tolist()
+    return [slice(first, end) for first, end in itertools.pairwise(ends)]
