@@ -10,11 +10,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from adallm import checkpoint, gptq, nvfp4, quantizers
 from adallm.checkpoint import Conversion
@@ -22,6 +21,9 @@ from adallm.checkpoint.convert import DEFAULT_IGNORE
 from adallm.rows import finite_amax
 from adallm.walk import Moments, walk
 from adallm.windows import TOKENS, check_tokens, read_windows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 RULES = ("imatrix", "gptq")
 
@@ -75,9 +77,13 @@ def convert(
     return checkpoint.convert(src, dst, scale_rule=scale_rule, **found, **options, progress=progress)
 
 
-def _load(source: Path) -> transformers.PreTrainedModel:
+def _load(source: Path) -> PreTrainedModel:
+    import transformers
+
     transformers.utils.logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", use_safetensors=True, trust_remote_code=False)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        source, dtype="auto", use_safetensors=True, trust_remote_code=False
+    )
     return model.eval()
 
 
@@ -90,7 +96,7 @@ def _check_columns(model: nn.Module, groups: dict[str, tuple[str, ...]], tokens:
 
 
 def _importance(
-    model: transformers.PreTrainedModel,
+    model: PreTrainedModel,
     windows: Sequence[Sequence[int]],
     groups: dict[str, tuple[str, ...]],
     **given: object,
@@ -108,7 +114,7 @@ def _importance(
 
 
 def _quantized(
-    model: transformers.PreTrainedModel,
+    model: PreTrainedModel,
     windows: Sequence[Sequence[int]],
     groups: dict[str, tuple[str, ...]],
     layout: str,

@@ -6,8 +6,6 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from transformers import AutoConfig, AutoTokenizer
-
 from adallm.tiny import corpus
 
 TOKENS = 65_536
@@ -34,6 +32,8 @@ def read_windows(source: Path, files: Sequence[str | Path] = (), tokens: int = T
     """
     if tokens < MIN_TOKENS:
         raise ValueError(f"tokens {tokens}; calibration needs at least {MIN_TOKENS}")
+    from transformers import AutoConfig, AutoTokenizer
+
     try:
         # Said outright, so that nobody is asked whether to run a program from the directory.
         config = AutoConfig.from_pretrained(source, trust_remote_code=False).get_text_config()

@@ -17,14 +17,15 @@ PACKAGE = Path(adallm.__file__).parent
 # has is one.
 LAYERS = (
     {"formats", "results", "hardware", "published", "text"},
-    {"rows"},
-    {"nvfp4", "fp8", "baselines", "quantizers", "paged"},
+    {"rows", "tiny"},
+    {"nvfp4", "fp8", "baselines", "quantizers", "gptq", "paged"},
     {"kernels"},
     {"linear", "attention"},
     {"checkpoint", "sm89"},
+    {"windows", "walk", "calibrated"},
     {"hf_model", "vllm_command"},
     {"lm"},
-    {"plots", "evaluate", "calibrate", "bench", "vllm_plugin", "tiny", "tasks"},
+    {"plots", "evaluate", "calibrate", "bench", "vllm_plugin", "tasks"},
     {"serve", "doctor"},
     {"cli", "cli_vllm"},
 )
