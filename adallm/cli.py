@@ -170,13 +170,17 @@ def _add_inspect(subparsers: Any) -> None:
         "inspect",
         help="show what each layer of a model is stored as",
         description="Print layer, format, shape, bits a weight and bytes (scales included), and totals. Only headers "
-        "are read; they, the index and the config are checked against each other.",
+        "are read; they, the index and the config are checked against each other. With --error, how far each quantized "
+        "layer is from the model that it was made from, the worst first.",
     )
     parser.add_argument("directory", metavar="DIR", help="a Hugging Face directory with safetensors")
+    parser.add_argument("--error", metavar="REFERENCE", help="the BF16, FP16 or FP32 model to compare with")
     parser.set_defaults(run=_inspect)
 
 
 def _inspect(args: argparse.Namespace) -> int:
+    if args.error is not None:
+        return _inspect_error(args)
     from adallm.checkpoint import inspect, quantization_of
 
     quantization, rows = quantization_of(args.directory), inspect(args.directory)
@@ -264,6 +268,18 @@ def _bench(args: argparse.Namespace) -> int:
     from adallm import bench
 
     return bench.main(args.arguments)
+
+
+def _inspect_error(args: argparse.Namespace) -> int:
+    from adallm.checkpoint import errors, total
+
+    found = errors(args.directory, args.error)
+    rows = [
+        (error.name, error.format, "x".join(map(str, error.shape)), f"{error.sqnr_db:.2f}", f"{error.relative:.5f}")
+        for error in [*found, total(found)]
+    ]
+    print(text.table(("layer", "format", "shape", "SQNR dB", "relative error"), rows, align="lllrr"))
+    return 0
 
 
 def _elements(rows: Sequence[Any]) -> int:

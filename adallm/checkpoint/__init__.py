@@ -16,6 +16,7 @@ Only safetensors are read, never pickles; headers, index and config are checked 
 damaged or contradicts itself is a ``CheckpointError`` that names the file and the tensor.
 """
 
+from adallm.checkpoint.compare import LayerError, errors, total
 from adallm.checkpoint.convert import Conversion, convert, plan
 from adallm.checkpoint.errors import CheckpointError
 from adallm.checkpoint.kv_scales import attention_layers, write_kv_scales
@@ -28,15 +29,18 @@ __all__ = [
     "CheckpointError",
     "Conversion",
     "Group",
+    "LayerError",
     "Quantization",
     "Row",
     "Scheme",
     "attention_layers",
     "convert",
+    "errors",
     "inspect",
     "load",
     "load_dense",
     "plan",
     "quantization_of",
+    "total",
     "write_kv_scales",
 ]

@@ -69,16 +69,27 @@ def load_dense(path: str | Path, dtype: torch.dtype | None = torch.bfloat16) -> 
                 if checkpoint.role(name) is None:
                     convert = dtype is not None and part.value.is_floating_point()
                     result[name] = part.value.to(dtype) if convert else part.value
-        elif layer.format == "nvfp4":
-            result[layer.weight_name] = dequantize(_nvfp4_tensor(layer, tensors), dtype or torch.float32)
-        elif layer.format == "fp8":
-            scale = tensors["fp8_scale"].value.float()
-            scale = scale.reshape(-1, 1) if scale.numel() > 1 else scale.reshape(())
-            result[layer.parts["weight"]] = (tensors["weight"].value.float() * scale).to(dtype or torch.float32)
-        else:
+        elif layer.format == "dense":
             weight = tensors["weight"].value
-            result[layer.parts["weight"]] = weight if dtype is None else weight.to(dtype)
+            result[layer.weight_name] = weight if dtype is None else weight.to(dtype)
+        else:
+            result[layer.weight_name] = _dequantized(layer, tensors, dtype or torch.float32)
     return result
+
+
+def dequantized(checkpoint: Checkpoint) -> Iterator[tuple[Layer, Tensor]]:
+    """The quantized layers and their weights, float32 ``[N, K]``; one file is read at a time."""
+    for layer, tensors in _stream(checkpoint):
+        if layer is not None and layer.format != "dense":
+            yield layer, _dequantized(layer, tensors, torch.float32)
+
+
+def _dequantized(layer: Layer, tensors: dict[str, _Part], dtype: torch.dtype) -> Tensor:
+    if layer.format == "nvfp4":
+        return dequantize(_nvfp4_tensor(layer, tensors), dtype)
+    scale = tensors["fp8_scale"].value.float()
+    scale = scale.reshape(-1, 1) if scale.numel() > 1 else scale.reshape(())
+    return (tensors["weight"].value.float() * scale).to(dtype)
 
 
 @dataclass(frozen=True)
