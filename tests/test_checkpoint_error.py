@@ -3,7 +3,6 @@
 import math
 
 import pytest
-import torch
 from test_checkpoint import LAYOUTS, QWEN3, dense_tensors, mixed_directory, raw, write
 
 from adallm import checkpoint
