@@ -101,18 +101,22 @@ def _add_quantize(subparsers: Any) -> None:
 def _quantize(args: argparse.Namespace) -> int:
     from adallm.calibrated import convert
 
-    done = convert(
-        args.src,
-        args.dst,
-        layout=args.layout,
-        scale_rule=args.scale_rule,
-        text=args.text,
-        tokens=args.tokens,
-        ignore=(*(() if args.lm_head else ("lm_head",)), *args.ignore),
-        kv_cache=args.kv_cache,
-        share_scales=not args.separate_scales,
-        progress=not args.quiet,
-    )
+    try:
+        done = convert(
+            args.src,
+            args.dst,
+            layout=args.layout,
+            scale_rule=args.scale_rule,
+            text=args.text,
+            tokens=args.tokens,
+            ignore=(*(() if args.lm_head else ("lm_head",)), *args.ignore),
+            kv_cache=args.kv_cache,
+            share_scales=not args.separate_scales,
+            progress=not args.quiet,
+        )
+    except KeyboardInterrupt:
+        print("adallm: finished files are kept; the same command goes on behind them", file=sys.stderr)
+        raise
     print(
         f"{done.path}: {done.quantized} NVFP4 weights in the {done.layout} layout, "
         f"{_size(done.source_bytes)} -> {_size(done.nbytes)}"

@@ -537,9 +537,11 @@ def test_one_shard_at_a_time(source: Path, tmp_path: Path, monkeypatch: pytest.M
     assert state["alive"] == 0
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, OSError])
+@pytest.mark.parametrize("error", [RuntimeError, OSError])
 @pytest.mark.parametrize("calls", [0, 2])
-def test_interrupted(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type, calls: int) -> None:
+def test_errors_leave_nothing(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type, calls: int
+) -> None:
     from adallm.checkpoint import writer
 
     real, count = writer.save_file, iter(range(9))
@@ -555,6 +557,85 @@ def test_interrupted(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(error):
         convert(source, tmp_path / "dst")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("rule", ["max", "mse"])
+def test_interrupted(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: str) -> None:
+    """The same call goes on behind what was finished; another one begins anew."""
+    from adallm.checkpoint import writer
+
+    real, written, last = writer.save_file, [], []
+
+    def counting(tensors, path, **options):
+        if last and len(written) == last[0]:
+            # As a kill would leave it.
+            path.write_bytes(b"half a file")
+            raise KeyboardInterrupt
+        written.append(path.name)
+        real(tensors, path, **options)
+
+    monkeypatch.setattr(writer, "save_file", counting)
+    whole = convert(source, tmp_path / "whole", scale_rule=rule)
+    assert len(written) == 3
+    last.append(5)
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "dst", scale_rule=rule)
+    (partial,) = tmp_path.glob(".dst.*.partial")
+    assert not (tmp_path / "dst").exists()
+    assert not (partial / "config.json").exists()
+    last.clear()
+    other = convert(source, tmp_path / "dst", scale_rule="four_over_six")
+    assert written[5:] == written[:3]
+    shutil.rmtree(other.path)
+    # A finished file that was damaged since is written again.
+    first = partial / written[0].removesuffix(".partial")
+    first.write_bytes(first.read_bytes()[:-1])
+    done = convert(source, tmp_path / "dst", scale_rule=rule)
+    assert written[8:] == [written[0], written[2]]
+    assert (done.nbytes, done.quantized) == (whole.nbytes, whole.quantized)
+    names = sorted(path.name for path in whole.path.iterdir())
+    assert sorted(path.name for path in done.path.iterdir()) == names
+    for name in names:
+        assert (done.path / name).read_bytes() == (whole.path / name).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dst", "source", "whole"]
+
+
+def test_a_source_that_changed_begins_anew(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from adallm.checkpoint import writer
+
+    real, written = writer.save_file, []
+
+    def interrupted(tensors, path, **options):
+        if len(written) == 1:
+            raise KeyboardInterrupt
+        written.append(path.name)
+        real(tensors, path, **options)
+
+    monkeypatch.setattr(writer, "save_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "dst")
+    monkeypatch.setattr(writer, "save_file", real)
+    (file, *_) = sorted(source.glob("*.safetensors"))
+    save_file({name: -value for name, value in load_file(file).items()}, file)
+    done = convert(source, tmp_path / "dst")
+    expected = convert(source, tmp_path / "expected")
+    assert_same(raw(done.path), raw(expected.path))
+
+
+def test_two_at_the_same_time(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from adallm.checkpoint import writer
+
+    real, calls = writer.save_file, []
+
+    def nested(tensors, path, **options):
+        if not calls:
+            calls.append(path)
+            with pytest.raises(OSError, match="dst is being written by another process"):
+                convert(source, tmp_path / "dst")
+        real(tensors, path, **options)
+
+    monkeypatch.setattr(writer, "save_file", nested)
+    assert convert(source, tmp_path / "dst").path.is_dir()
 
 
 @pytest.mark.parametrize("kind", ["file", "directory", "dangling link"])

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from adallm import nvfp4
 from adallm.checkpoint.directory import Directory
 from adallm.checkpoint.emit import quantization_configs
 from adallm.checkpoint.names import Patterns, split
@@ -23,6 +27,8 @@ from adallm.checkpoint.writer import check_absent
 from adallm.nvfp4 import LAYOUTS, NVFP4Tensor
 
 DEFAULT_IGNORE = ("lm_head",)
+# What a file depends on, beside this folder.
+_CODE = ("formats", "nvfp4", "quantizers", "rows")
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,8 @@ def convert(
     Quantized are the 2-D weights of linear layers: no embeddings, norms, biases, convolutions or routers. They are
     quantized one file at a time with the arithmetic of the layout's producer; FP16 weights in FP32, because
     compressed-tensors' ``2688 / amax`` overflows in FP16. Files keep their names. A change of layout is lossless: there
-    and back gives every tensor byte for byte.
+    and back gives every tensor byte for byte. After an interrupt, or when it was killed, the same call goes on behind
+    the last file that was finished; errors leave nothing.
 
     Args:
         src: a directory that ``load`` reads.
@@ -93,11 +100,32 @@ def convert(
     weights = sum(scheme.format == "nvfp4" for scheme in plan.schemes.values())
     if not weights:
         raise ValueError(f"{src} has no linear layer that would be NVFP4")
-    nbytes = rewrite(
-        checkpoint.directory, plan, Path(dst), *_configs(checkpoint.directory, plan, layout), progress=progress
-    )
+    configs = _configs(checkpoint.directory, plan, layout)
+    given = {
+        "importance": importance or {},
+        "quantized": {k: (t.packed, t.scale) for k, t in (quantized or {}).items()},
+    }
+    key = _key(checkpoint.directory, [scale_rule, share_scales, *configs], given)
+    nbytes = rewrite(checkpoint.directory, plan, Path(dst), *configs, progress=progress, key=key)
     source_bytes = sum(header.nbytes for header in checkpoint.directory.headers.values())
     return Conversion(Path(dst), layout, weights, source_bytes, nbytes)
+
+
+def _key(directory: Directory, options: Any, given: Mapping[str, Mapping[str, Any]]) -> str:
+    """Stands for all that the files depend on: those of the source, options, tensors, and this package's code."""
+    digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
+    for header in directory.headers.values():
+        stat = header.file.stat()
+        digest.update(f"{header.file.resolve()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    for part, tensors in given.items():
+        for name, found in sorted(tensors.items()):
+            digest.update(f"{part} {name}\n".encode())
+            for tensor in found if isinstance(found, tuple) else (found,):
+                digest.update(tensor.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    package = Path(nvfp4.__file__).parent
+    for source in (*sorted((package / "checkpoint").glob("*.py")), *(package / f"{name}.py" for name in _CODE)):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def plan(

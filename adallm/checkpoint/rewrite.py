@@ -41,8 +41,12 @@ def rewrite(
     hf_quant_config: dict[str, Any] | None,
     *,
     progress: bool,
+    key: str | None = None,
 ) -> int:
     """Write ``dst``, which appears only when it is whole; files keep their names.
+
+    Args:
+        key: as in ``DirectoryWriter``: what an interrupted run with the same key has written is not written again.
 
     Returns:
         Tensor bytes written.
@@ -52,13 +56,15 @@ def rewrite(
         FileExistsError: ``dst`` exists.
         OSError: not enough disk space.
     """
-    written = 0
     with (
-        DirectoryWriter(dst, nbytes=plan.nbytes) as writer,
+        DirectoryWriter(dst, nbytes=plan.nbytes, key=key) as writer,
         tqdm(total=plan.work, unit="B", unit_scale=True, desc=dst.name, disable=not progress) as bar,
     ):
         plan.prepare(bar.update)
         for name, header in directory.headers.items():
+            if key is not None and writer.finished(name):
+                bar.update(header.nbytes)
+                continue
             # Bound anew for each file before anything is read: the tensors of one file at a time are in memory.
             tensors: dict[str, Tensor] = {}
             originals: dict[str, Tensor] = {}
@@ -70,9 +76,8 @@ def rewrite(
                             originals[new] = original
                     bar.update(entry.nbytes)
             writer.add_shard(name, tensors, pack_originals(originals))
-            written += sum(tensor.nbytes for tensor in tensors.values())
         if directory.indexed:
             writer.add_index()
         writer.copy_companions(directory.path)
         writer.add_configs(config, hf_quant_config)
-    return written
+    return writer.nbytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -15,6 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from adallm.checkpoint.directory import CONFIG, HF_QUANT_CONFIG, INDEX
+from adallm.checkpoint.errors import CheckpointError
+from adallm.checkpoint.header import read_header
 
 # What belongs to a model beside its weights. A list of what is copied, so that no pickle or program comes along.
 _COPIED_SUFFIXES = {".json", ".jinja", ".jsonl", ".md", ".model", ".tiktoken", ".txt", ".vocab"}
@@ -26,41 +29,76 @@ _MARGIN_BYTES = 1 << 20
 class DirectoryWriter:
     """Context manager: files go to a hidden sibling of ``destination``, renamed to it at the end.
 
-    On any exception, KeyboardInterrupt included, the hidden directory is deleted; one that a killed process left behind
-    has no ``config.json``, which is written last.
+    On an exception the hidden directory is deleted; one that a killed process left behind has no ``config.json``, which
+    is written last. With a ``key``, which stands for all that the files depend on, an interrupt leaves it too, and a
+    writer with the same key goes on from its ``finished`` files.
 
     Raises:
         FileExistsError: the destination exists, whatever it is.
-        OSError: not enough free space for ``nbytes``.
+        OSError: not enough free space for ``nbytes``; another process is writing with the same key.
     """
 
-    def __init__(self, destination: str | Path, *, nbytes: int) -> None:
+    def __init__(self, destination: str | Path, *, nbytes: int, key: str | None = None) -> None:
         self.destination = Path(destination)
-        self._nbytes = nbytes
+        self._nbytes, self._key = nbytes, key
+        self._lock: int | None = None
         self._config: dict[str, Any] = {}
         self._weight_map: dict[str, str] = {}
-        self._total = 0
+        self.nbytes = 0  # of the tensors that are written
 
     def __enter__(self) -> DirectoryWriter:
         check_absent(self.destination)
         parent = self.destination.absolute().parent
         parent.mkdir(parents=True, exist_ok=True)
-        free, needed = shutil.disk_usage(parent).free, self._nbytes + _MARGIN_BYTES
+        prefix, suffix = f".{self.destination.name}.", ".partial"
+        if self._key is None:
+            self._check_space(parent, 0)
+            self.path = Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=parent))
+            return self
+        self.path = parent / f"{prefix}{self._key}{suffix}"
+        there = sum(file.stat().st_size for file in self.path.glob("*")) if self.path.is_dir() else 0
+        self._check_space(parent, there)
+        self.path.mkdir(mode=0o700, exist_ok=True)
+        self._lock = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            raise OSError(f"{self.destination} is being written by another process") from None
+        return self
+
+    def _check_space(self, parent: Path, there: int) -> None:
+        free, needed = shutil.disk_usage(parent).free, self._nbytes + _MARGIN_BYTES - there
         if free < needed:
             raise OSError(f"{parent} has {free} bytes free, but {self.destination.name} needs {needed}")
-        self.path = Path(tempfile.mkdtemp(prefix=f".{self.destination.name}.", suffix=".partial", dir=parent))
-        return self
+
+    def finished(self, name: str) -> bool:
+        """Whether an earlier writer with this key wrote the safetensors file; then it belongs to this one."""
+        file = self.path / name
+        if not file.is_file():
+            return False
+        try:
+            header = read_header(file)
+        except CheckpointError:
+            return False
+        self._count(name, {tensor: entry.nbytes for tensor, entry in header.tensors.items()})
+        return True
 
     def add_shard(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         """Write one safetensors file; ``metadata`` is added to ``{"format": "pt"}``."""
-        save_file(dict(tensors), self.path / name, metadata={"format": "pt", **metadata})
-        self._weight_map.update(dict.fromkeys(tensors, name))
-        self._total += sum(tensor.nbytes for tensor in tensors.values())
+        partial = self.path / f"{name}.partial"
+        save_file(dict(tensors), partial, metadata={"format": "pt", **metadata})
+        partial.rename(self.path / name)
+        self._count(name, {tensor: value.nbytes for tensor, value in tensors.items()})
+
+    def _count(self, name: str, nbytes: Mapping[str, int]) -> None:
+        self._weight_map.update(dict.fromkeys(nbytes, name))
+        self.nbytes += sum(nbytes.values())
 
     def add_index(self) -> None:
         """Write the index of all shards so far."""
         weight_map = dict(sorted(self._weight_map.items()))
-        self._write_json(INDEX, {"metadata": {"total_size": self._total}, "weight_map": weight_map})
+        self._write_json(INDEX, {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map})
 
     def add_configs(self, config: dict[str, Any], hf_quant_config: dict[str, Any] | None) -> None:
         """``hf_quant_config.json`` now, ``config.json`` when all else is there."""
@@ -86,7 +124,10 @@ class DirectoryWriter:
                 self._finish()
         finally:
             # After the rename there is nothing of this name to delete.
-            shutil.rmtree(self.path, ignore_errors=True)
+            if self._key is None or kind is None or not issubclass(kind, KeyboardInterrupt):
+                shutil.rmtree(self.path, ignore_errors=True)
+            if self._lock is not None:
+                os.close(self._lock)
 
     def _finish(self) -> None:
         self._write_json(CONFIG, self._config)
