@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from adallm import evaluate, results
-from adallm.bench import _attention_summary, _linear_summary, attention, linear, sm89, vllm_e2e
+from adallm.bench import _attention_summary, _linear_summary, attention, linear, rules, sm89, vllm_e2e
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
 RESULTS = Path(__file__).resolve().parent.parent / "results"
@@ -34,6 +34,7 @@ def test_the_tables_of_kernels_are_those_of_the_records():
         ("linear groups", _linear_summary.groups_table(linear.summary(rows)["groups"], markdown=True)),
         ("attention times", _attention_summary.times_table(steps, "32/8/128", 16, markdown=True)),
         ("attention groups", _attention_summary.groups_table(attention.summary(steps)["groups"], markdown=True)),
+        ("rules", rules.report(results.read(RESULTS / "rules" / "cpu.json")["rows"], markdown=True)),
         ("vllm", vllm_e2e.report(engines, markdown=True)),
     ):
         assert README.partition(f"<!-- {name} -->\n")[2].partition(f"<!-- end {name} -->")[0].strip() == table
