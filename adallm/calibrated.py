@@ -104,12 +104,13 @@ def _importance(
     found: dict[str, Tensor] = {}
 
     def visit(moments: Moments, _: Callable[[str], nn.Linear]) -> bool:
-        found.update({name: (total / total.mean()).float().cpu() for name, total in moments.items() if total.any()})
+        for first, total in moments.items():
+            if not total.any():
+                raise ValueError(f"{first} is given zeros alone; ignore it, or take another rule")
+            found.update(dict.fromkeys(groups[first], (total / total.mean()).float().cpu()))
         return False
 
-    walk(model, windows, groups, visit, diagonal=True, **given)
-    if missing := [name for name in groups if name not in found]:
-        raise ValueError(f"{missing[0]} is given zeros alone; ignore it, or take another rule")
+    walk(model, windows, _first(groups), visit, diagonal=True, **given)
     return found
 
 
@@ -123,10 +124,10 @@ def _quantized(
     found: dict[str, nvfp4.NVFP4Tensor] = {}
 
     def visit(moments: Moments, module: Callable[[str], nn.Linear]) -> bool:
-        for group in dict.fromkeys(groups[name] for name in moments):
+        for first, total in moments.items():
+            group = groups[first]
             weights = [module(name).weight.detach() for name in group]
-            # All are given the same input.
-            together = _quantize(group, weights, moments[group[0]].to(weights[0].device), layout)
+            together = _quantize(group, weights, total, layout)
             for name, weight, rows in zip(group, weights, _rows(weights), strict=True):
                 part = nvfp4.NVFP4Tensor(
                     together.packed[rows], together.scale[rows], together.global_scale, together.divisor
@@ -135,8 +136,13 @@ def _quantized(
                 found[name] = part.to("cpu")
         return True
 
-    walk(model, windows, groups, visit, diagonal=False, **given)
+    walk(model, windows, _first(groups), visit, diagonal=False, **given)
     return found
+
+
+def _first(groups: dict[str, tuple[str, ...]]) -> list[str]:
+    """A layer of each group: all of it are given the same input."""
+    return list(dict.fromkeys(group[0] for group in groups.values()))
 
 
 def _quantize(group: tuple[str, ...], weights: list[Tensor], moments: Tensor, layout: str) -> nvfp4.NVFP4Tensor:

@@ -71,15 +71,7 @@ def _add_quantize(subparsers: Any) -> None:
         metavar="RULE",
         help="how scales are chosen: max (the default), four_over_six, mse or mse_fp8; by text, imatrix or gptq",
     )
-    parser.add_argument(
-        "--text",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="UTF-8 text for imatrix and gptq; may be repeated (default: source of Python's standard library that is "
-        "not held out)",
-    )
-    parser.add_argument("--tokens", type=int, default=65_536, metavar="N", help="of it to read (default: %(default)s)")
+    _add_text(parser, "UTF-8 text for imatrix and gptq")
     parser.add_argument(
         "--ignore",
         action="append",
@@ -96,6 +88,18 @@ def _add_quantize(subparsers: Any) -> None:
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.set_defaults(run=_quantize)
+
+
+def _add_text(parser: argparse.ArgumentParser, what: str) -> None:
+    """What ``windows.read_windows`` reads."""
+    parser.add_argument(
+        "--text",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help=f"{what}; may be repeated (default: source of Python's standard library that is not held out)",
+    )
+    parser.add_argument("--tokens", type=int, default=65_536, metavar="N", help="tokens to read (default: %(default)s)")
 
 
 def _quantize(args: argparse.Namespace) -> int:
@@ -133,14 +137,7 @@ def _add_calibrate(subparsers: Any) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help="a quantized directory of either layout, with its tokenizer")
     parser.add_argument("dst", metavar="DST", help="the directory to write; it must not exist")
-    parser.add_argument(
-        "--text",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="UTF-8 text; may be repeated (default: source of Python's standard library that is not held out)",
-    )
-    parser.add_argument("--tokens", type=int, default=65_536, metavar="N", help="tokens to read (default: %(default)s)")
+    _add_text(parser, "UTF-8 text")
     parser.add_argument(
         "--method",
         choices=("max", "percentile"),

@@ -31,11 +31,12 @@ class _Calls:
 
     def enter(self, window: Sequence[int]) -> Tensor:
         """The hidden states that would enter the first layer, ``[1, T, D]``."""
-        entered: list[Tensor] = []
         others = []
+        entered: Tensor
 
         def note(_: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            entered.append(hidden)
+            nonlocal entered
+            entered = hidden
             others.append((args, kwargs))
             return hidden
 
@@ -43,7 +44,7 @@ class _Calls:
             # Without the head: no logits are needed.
             self._model.base_model(torch.tensor([window]), use_cache=False)
         self._others.setdefault(len(window), others)
-        return entered[0]
+        return entered
 
     def layer(self, index: int, hidden: Tensor) -> Tensor:
         """What a layer makes of hidden states."""

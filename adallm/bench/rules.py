@@ -91,7 +91,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = measure(options.limit)
     print(report(rows))
     source = corpus.describe(evaluate.documents())
-    path = results.write("rules", rows, provenance=provenance, root=options.out, corpus=source, limit=options.limit)
+    # A part does not take the place of the whole.
+    slug = results.slug(provenance["gpu"])
+    name = slug if options.limit is None else f"{slug}-first-{options.limit}"
+    given = {"name": name, "root": options.out, "corpus": source, "limit": options.limit}
+    path = results.write("rules", rows, provenance=provenance, **given)
     print(f"wrote {os.path.relpath(path)}")
     return 0
 

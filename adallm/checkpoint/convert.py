@@ -103,7 +103,7 @@ def convert(
     configs = _configs(checkpoint.directory, plan, layout)
     given = {
         "importance": importance or {},
-        "quantized": {k: (t.packed, t.scale) for k, t in (quantized or {}).items()},
+        "quantized": {k: (t.packed, t.scale, t.global_scale.reshape(1)) for k, t in (quantized or {}).items()},
     }
     key = _key(checkpoint.directory, [scale_rule, share_scales, *configs], given)
     nbytes = rewrite(checkpoint.directory, plan, Path(dst), *configs, progress=progress, key=key)
