@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from adallm import checkpoint, gptq, nvfp4, quantizers
 from adallm.checkpoint import Conversion
-from adallm.checkpoint.convert import DEFAULT_IGNORE
+from adallm.checkpoint.convert import DEFAULT_IGNORE, check_device
 from adallm.rows import finite_amax
 from adallm.walk import Moments, walk
 from adallm.windows import TOKENS, check_tokens, read_windows
@@ -39,6 +39,7 @@ def convert(
     ignore: Iterable[str] = DEFAULT_IGNORE,
     kv_cache: str | None = None,
     share_scales: bool = True,
+    device: str = "cpu",
     progress: bool = False,
 ) -> Conversion:
     """``checkpoint.convert``, which has the other arguments and errors, with the rules of ``RULES`` too.
@@ -61,20 +62,21 @@ def convert(
     if scale_rule not in RULES:
         if text or tokens != TOKENS:
             raise ValueError(f"scale_rule {scale_rule!r} reads no text; those that do: {', '.join(RULES)}")
-        return checkpoint.convert(src, dst, scale_rule=scale_rule, **options, progress=progress)
+        return checkpoint.convert(src, dst, scale_rule=scale_rule, **options, device=device, progress=progress)
+    check_device(device)
     source = Path(src)
     groups = checkpoint.plan(source, dst, **options)
     windows = read_windows(source, [text] if isinstance(text, str | Path) else text, tokens)
     model = _load(source)
     check_tokens(source, windows, model.get_input_embeddings().num_embeddings)
-    given = {"title": Path(dst).name, "progress": progress}
+    given = {"device": device, "title": Path(dst).name, "progress": progress}
     if scale_rule == "imatrix":
         found = {"importance": _importance(model, windows, groups, **given)}
     else:
         _check_columns(model, groups, sum(map(len, windows)))
         found = {"quantized": _quantized(model, windows, groups, layout, **given)}
     del model
-    return checkpoint.convert(src, dst, scale_rule=scale_rule, **found, **options, progress=progress)
+    return checkpoint.convert(src, dst, scale_rule=scale_rule, **found, **options, device=device, progress=progress)
 
 
 def _load(source: Path) -> PreTrainedModel:

@@ -86,6 +86,12 @@ def _add_quantize(subparsers: Any) -> None:
         action="store_true",
         help="a global scale for each of q, k, v and gate, up; vLLM itself would use one of them for all",
     )
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where scales are chosen; auto, the default, is a GPU if there is one",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.set_defaults(run=_quantize)
 
@@ -103,8 +109,13 @@ def _add_text(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def _quantize(args: argparse.Namespace) -> int:
+    import torch
+
     from adallm.calibrated import convert
 
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         done = convert(
             args.src,
@@ -116,6 +127,7 @@ def _quantize(args: argparse.Namespace) -> int:
             ignore=(*(() if args.lm_head else ("lm_head",)), *args.ignore),
             kv_cache=args.kv_cache,
             share_scales=not args.separate_scales,
+            device=device,
             progress=not args.quiet,
         )
     except KeyboardInterrupt:

@@ -1,7 +1,7 @@
 """Text through a model one decoder layer at a time: the second moments of what enters its linear layers.
 
 Beside the model there are the hidden states of all windows, as they enter one layer, and the moments of that layer's
-inputs. A layer is on the GPU, if there is one, while its turn lasts.
+inputs. On a GPU a layer is while its turn lasts.
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ def walk(
     visit: Callable[[Moments, Callable[[str], nn.Linear]], bool],
     *,
     diagonal: bool,
+    device: str,
     title: str,
     progress: bool,
 ) -> None:
@@ -89,6 +90,7 @@ def walk(
         visit: takes the moments and a function from name to module, whose weight it may change; True if it did, so that
             later layers are given what they then get.
         diagonal: the diagonals alone.
+        device: where a layer runs.
 
     Raises:
         ValueError: a model without a list of decoder layers; a name that is no linear layer, or sees no token; inputs
@@ -104,7 +106,6 @@ def walk(
             raise ValueError(f"{name} is no linear layer of {type(model).__name__}; ignore it, or take another rule")
     inside = [[name for name in wanted if any(modules[name] is m for m in layer.modules())] for layer in layers]
     behind = sorted(set(wanted).difference(*inside), key=list(wanted).index)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     calls, tokens = _Calls(model, layers), sum(map(len, windows))
     with tqdm(total=tokens * len(layers), unit=" tokens", unit_scale=True, desc=title, disable=not progress) as bar:
         states = [calls.enter(window).to(device) for window in windows]

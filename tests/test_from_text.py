@@ -75,7 +75,7 @@ def test_the_walk_sees_what_whole_passes_see(tmp_path, windows):
     names = [name for name in expected if "embed" not in name]
     walk.walk(
         load(source), windows, names, lambda moments, _: seen.update(moments) or False,
-        diagonal=False, title="", progress=False,
+        diagonal=False, device="cpu", title="", progress=False,
     )  # fmt: skip
     assert list(seen) == sorted(names, key=names.index)
     assert "lm_head" in seen
@@ -84,7 +84,7 @@ def test_the_walk_sees_what_whole_passes_see(tmp_path, windows):
     diagonals = {}
     walk.walk(
         load(source), windows, names, lambda moments, _: diagonals.update(moments) or False,
-        diagonal=True, title="", progress=False,
+        diagonal=True, device="cpu", title="", progress=False,
     )  # fmt: skip
     for name in names:
         torch.testing.assert_close(diagonals[name], expected[name].diagonal(), rtol=1e-4, atol=0)
@@ -221,7 +221,7 @@ def test_fewer_tokens_than_columns(tmp_path, text):
 
 def test_layers_that_the_model_does_not_have_as_such(tmp_path, windows):
     model = load(dense(tmp_path / "src"))
-    given = {"diagonal": True, "title": "", "progress": False}
+    given = {"diagonal": True, "device": "cpu", "title": "", "progress": False}
     with pytest.raises(ValueError, match=r"model\.norm is no linear layer of Qwen3ForCausalLM"):
         walk.walk(model, windows, ["model.norm"], lambda *_: False, **given)
     model.model.layers = torch.nn.ModuleDict()
@@ -239,3 +239,27 @@ def test_given_weights_must_fit(tmp_path):
         checkpoint.convert(source, tmp_path / "dst", scale_rule="gptq", quantized=given)
     with pytest.raises(ValueError, match="its quantized weight is given; it belongs to scale_rule 'gptq' alone"):
         checkpoint.convert(source, tmp_path / "dst", scale_rule="mse", quantized=given)
+
+
+@pytest.mark.parametrize("rule", [*nvfp4.SCALE_RULES, "gptq"])
+def test_a_device_that_is_not_there(tmp_path, text, rule, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    source = dense(tmp_path / "src")
+    for device, message in (("cuda", "finds no CUDA GPU; supported here: cpu"), ("meta", "supported: cpu, cuda")):
+        with pytest.raises(ValueError, match=message):
+            calibrated.convert(source, tmp_path / "dst", scale_rule=rule, device=device)
+    assert [path.name for path in tmp_path.iterdir()] == ["src"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rule", [*nvfp4.SCALE_RULES, "gptq"])
+@pytest.mark.parametrize("layout", nvfp4.LAYOUTS)
+def test_on_a_gpu_as_on_a_cpu(tmp_path, text, rule, layout):
+    source, noise = dense(tmp_path / "src"), {}
+    given = {"text": text, "tokens": TOKENS} if rule in calibrated.RULES else {}
+    for device in ("cpu", "cuda"):
+        done = calibrated.convert(source, tmp_path / device, scale_rule=rule, layout=layout, device=device, **given)
+        noise[device] = checkpoint.total(checkpoint.errors(done.path, source)).noise
+    assert all(value.device.type == "cpu" for value in raw(tmp_path / "cuda").values())
+    # Rounding the other way in a few places changes little; GPTQ passes it on.
+    assert noise["cuda"] == pytest.approx(noise["cpu"], rel=0.02 if rule == "gptq" else 1e-3)

@@ -10,7 +10,8 @@ import sys
 import pytest
 import torch
 
-from adallm import checkpoint, evaluate, hf_model
+from adallm import checkpoint, evaluate, fp8, hf_model
+from adallm.linear import FP8Linear
 
 pytestmark = [pytest.mark.gpu, pytest.mark.vllm, pytest.mark.slow]
 
@@ -72,10 +73,16 @@ def quantized(tmp_path_factory):
     return path
 
 
-def assert_greedy(found, path, form):
-    """Each token is the reference's likeliest, given those before it, or as good as that."""
+def assert_greedy(found, path, form, edit=None):
+    """Each token is the reference's likeliest, given those before it, or as good as that.
+
+    ``edit`` makes layers of the reference FP8.
+    """
     reference = hf_model.load(path, hf_model.FORMATS[form])
-    exact = copy.deepcopy(reference).float() if hf_model.FORMATS[form].activations == "fp8" else None
+    if edit is not None:
+        edit(reference)
+    fp8_activations = hf_model.FORMATS[form].activations == "fp8" or edit is not None
+    exact = copy.deepcopy(reference).float() if fp8_activations else None
     for prompt, tokens in found["outputs"]:
         logits, near = words(reference, prompt, tokens), NEAR
         if exact is not None:
@@ -117,6 +124,17 @@ def test_a_prompt_that_comes_in_pieces(quantized):
     )
     assert max(len(prompt) for prompt, _ in found["outputs"]) > 4 * 48
     assert_greedy(found, quantized, "nvfp4-fp8kv")
+
+
+def test_a_head_in_fp8(quantized):
+    def edit(reference):
+        dense = reference.lm_head.weight.detach()
+        reference.lm_head = FP8Linear(fp8.quantize(dense, granularity="row"))
+
+    options = {"additional_config": {"adallm": {"activations": "bf16", "lm_head": "fp8"}}}
+    found, log = generated(quantized, attention_backend="CUSTOM", kv_cache_dtype="fp8", **options)
+    assert "lm_head fp8: quantized here" in log
+    assert_greedy(found, quantized, "nvfp4-fp8kv", edit)
 
 
 def test_two_gpus(quantized):

@@ -43,6 +43,9 @@ class QuantizePlan:
         nbytes: an upper bound for the tensor bytes written.
         work: bytes read, for the progress bar.
 
+    Args:
+        device: where weights are quantized; what is written is on the CPU.
+
     Raises:
         CheckpointError: a weight that must be quantized and cannot be, by its name or shape.
         ValueError: a scale rule that is not supported; an importance that does not fit it, or a layer; an FP8 KV cache
@@ -59,11 +62,12 @@ class QuantizePlan:
         share_scales: bool,
         importance: Mapping[str, Tensor] | None = None,
         quantized: Mapping[str, nvfp4.NVFP4Tensor] | None = None,
+        device: str = "cpu",
     ) -> None:
         if scale_rule not in RULES:
             raise ValueError(f"scale_rule {scale_rule!r}; supported: {', '.join(RULES)}")
         self._directory, self._layout, self._scale_rule = checkpoint.directory, layout, scale_rule
-        self.kv_cache = kv_cache
+        self.kv_cache, self._device = kv_cache, device
         self.schemes: dict[str, Scheme] = {}
         self.dense: list[str] = []
         if self._directory.config.get("model_type") in _TRANSPOSED_MODELS:
@@ -111,7 +115,7 @@ class QuantizePlan:
         for module in group:
             name = f"{module}.weight"
             with open_tensors(self._directory.headers[self._directory.files[name]]) as file:
-                weights.append(file.get_tensor(name))
+                weights.append(file.get_tensor(name).to(self._device))
         # Without one, quantizing a weight of the group says what is wrong with it. All are given the same input.
         with contextlib.suppress(ValueError):
             amax = torch.stack([finite_amax(weight).float() for weight in weights]).amax()
@@ -128,7 +132,7 @@ class QuantizePlan:
         if module not in self.schemes or split(name)[1] != "weight":
             yield name, value, None
             return
-        t = self._quantize(name, value)
+        t = self._quantize(name, value).to("cpu")
         parts = {
             "weight": t.packed,
             "scale": t.scale,
@@ -187,7 +191,7 @@ class QuantizePlan:
     def _quantize(self, name: str, weight: Tensor) -> nvfp4.NVFP4Tensor:
         if (done := self._quantized.get(split(name)[0])) is not None:
             return done
-        group = self._groups.get(name)
+        group, weight = self._groups.get(name), weight.to(self._device)
         if weight.dtype == torch.float16 or self._dtypes.get(group, weight.dtype) != weight.dtype:
             weight = weight.float()
         shared, rows = self._amax.get(group), weight.shape[0]
