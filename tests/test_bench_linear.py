@@ -71,7 +71,7 @@ def test_shapes():
             "gate_up": (2 * intermediate, hidden),
             "down": (hidden, intermediate),
         }
-    assert linear.TOKENS == (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 8192)
+    assert linear.TOKENS == (1, 2, 4, 8, 16, 24, 32, 64, 96, 128, 192, 256, 384, 512, 1024, 3000, 4096, 8192)
     assert set(linear.IMPLS) == {"adallm-w4a16", "adallm-w4a8", *_peers.PEERS}
 
 
@@ -431,7 +431,7 @@ def test_summary_groups():
     assert groups["M 1024", "adallm-w4a16", "vs_w4"]["geomean"] == pytest.approx(1.2)
     assert groups["M >= 4096", "adallm-w4a8", "vs_bf16"]["geomean"] == pytest.approx(1.5)
     # 2048 is in no group, 64 has no row of ours, and w4a16 has none past 4096.
-    assert {name for name, _, _ in groups} == {"M <= 16", "M 1024", "M >= 4096"}
+    assert {name for name, _, _ in groups} == {"M <= 16", "M 1024..3000", "M >= 4096"}
     assert ("M >= 4096", "adallm-w4a16", "vs_w4") not in groups
 
 

@@ -19,7 +19,7 @@ W4_PEERS = ("marlin", "humming")
 IMPLS = (*OURS, BF16, FP8, *W4_PEERS)
 
 # Name -> smallest and largest M. An M between two groups counts in the cases alone.
-GROUPS = {"M <= 16": (1, 16), "M 32..512": (32, 512), "M 1024": (1024, 1024), "M >= 4096": (4096, float("inf"))}
+GROUPS = {"M <= 16": (1, 16), "M 24..512": (24, 512), "M 1024..3000": (1024, 3000), "M >= 4096": (4096, float("inf"))}
 AGAINST = {"vs_w4": "best W4 peer", "vs_bf16": "cuBLAS BF16"}
 
 

@@ -34,7 +34,8 @@ MODELS = {
     "Gemma3-27B": {"qkv": (8192, 5376), "o": (5376, 4096), "gate_up": (43008, 5376), "down": (5376, 21504)},
 }
 LAYERS = ("qkv", "o", "gate_up", "down")
-TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 8192)
+# Powers of two, which fill the tiles of all kernels, and some between them, which do not.
+TOKENS = (1, 2, 4, 8, 16, 24, 32, 64, 96, 128, 192, 256, 384, 512, 1024, 3000, 4096, 8192)
 SHAPES = {f"{model}.{layer}": nk for model, layers in MODELS.items() for layer, nk in layers.items()}
 
 

@@ -114,8 +114,8 @@ def _sums(
     xl: gl.constexpr = gl.BlockedLayout([1, VECTOR], [32 // threads_k, threads_k], [W, 1], [1, 0])
     wl: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [W, 1], [1, 0])
     sl: gl.constexpr = gl.BlockedLayout([1, 4], [32 // (C * 4), C * 4], [W, 1], [1, 0])
-    # Outside the matrix its last row is read again: no load has a mask, and nothing of it is written.
-    m = gl.minimum(block_m * BM + gl.arange(0, BM, layout=gl.SliceLayout(1, xl)), M - 1)
+    # Outside the matrix other rows are read, each once: no load has a mask, and nothing of it is written.
+    m = (block_m * BM + gl.arange(0, BM, layout=gl.SliceLayout(1, xl))) % M
     column = gl.arange(0, C * 64, layout=gl.SliceLayout(0, xl))
     xp = x + first * (C * 64) + m.to(gl.int64)[:, None] * x_stride + column[None, :]
     tile = gl.minimum(block_n * R + gl.arange(0, R, layout=gl.SliceLayout(1, wl)), n_tiles - 1)
