@@ -49,7 +49,7 @@ def test_the_record(tmp_path, monkeypatch, capsys):
 
 def test_an_error_that_is_none_of_the_rule(tmp_path, monkeypatch):
     monkeypatch.setattr(convert, "BOUNDS", (0.001, 0.002))
-    with pytest.raises(ValueError, match=r"max: relative squared error 0\.0\d+; it must be in"):
+    with pytest.raises(ValueError, match=r"max: relative squared error 0\.0\d+; it must be from 0.001 to 0.002"):
         list(convert.measure("small", SMALL, ["max"], "cpu", tmp_path))
     assert json.loads((tmp_path / "one" / "config.json").read_text())["num_hidden_layers"] == 1
     assert checkpoint.inspect(tmp_path / "one")

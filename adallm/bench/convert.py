@@ -26,13 +26,14 @@ from torch import Tensor
 
 from adallm import calibrated, checkpoint, evaluate, results
 from adallm.bench import _e2e_model
-from adallm.checkpoint.quantize import RULES
+from adallm.checkpoint.quantize import GPTQ, RULES
 from adallm.text import table
 
 SEED = 0
-# Of normal weights: the optimum of the format is 0.0064, and amax / 6 gives 0.0088. GPTQ, and mse_fp8 in part, spend
-# error on weights for less of it in what they are multiplied by.
+# Of normal weights: the optimum of the format is 0.0064, and amax / 6 gives 0.0088. GPTQ has more error in the weights,
+# and less in what they are multiplied by.
 BOUNDS = (0.006, 0.012)
+GPTQ_BOUNDS = (0.006, 0.02)
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -91,7 +92,7 @@ def measure(
     """A row for each rule; models are written below ``folder``, which has room for two.
 
     Raises:
-        ValueError: an error outside ``BOUNDS``.
+        ValueError: an error outside ``BOUNDS`` or ``GPTQ_BOUNDS``.
     """
     layers = config["num_hidden_layers"]
     one, whole = write(folder / "one", config, 1, device), write(folder / "whole", config, layers, device)
@@ -100,8 +101,9 @@ def measure(
         done = calibrated.convert(one, folder / "checked", **options)
         total = checkpoint.total(checkpoint.errors(done.path, one))
         rel_sq_err = total.noise / total.signal
-        if not BOUNDS[0] < rel_sq_err < BOUNDS[1]:
-            raise ValueError(f"{rule}: relative squared error {rel_sq_err:.5f}; it must be in {BOUNDS}")
+        least, most = GPTQ_BOUNDS if rule == GPTQ else BOUNDS
+        if not least < rel_sq_err < most:
+            raise ValueError(f"{rule}: relative squared error {rel_sq_err:.5f}; it must be from {least} to {most}")
         shutil.rmtree(done.path)
         start = time.perf_counter()
         done = calibrated.convert(whole, folder / "timed", **options, progress=True)
