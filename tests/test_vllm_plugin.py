@@ -485,6 +485,36 @@ def test_a_quantized_head(quantized, monkeypatch, kind):
     assert torch.isfinite(first[1]).all()
 
 
+class EmbeddingIsTheHead(torch.nn.Module):
+    """Tied as vLLM 0.26 ties Qwen3: there is no ``ParallelLMHead``."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__()
+
+    def tie_weights(self, embed_tokens):
+        return embed_tokens
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["nvfp4", "fp8"])
+def test_a_quantized_head_that_is_the_embedding(quantized, monkeypatch, caplog, kind):
+    monkeypatch.setenv("ADALLM_LM_HEAD", kind)
+    with_head = generated(engine(quantized / "modelopt"))
+    monkeypatch.setattr("vllm.model_executor.models.qwen3.ParallelLMHead", EmbeddingIsTheHead)
+    logger = logging.getLogger("vllm.adallm")
+    monkeypatch.setattr(logger, "propagate", True)
+    monkeypatch.setattr(logger.parent, "propagate", True)
+    with caplog.at_level("INFO", "vllm.adallm"):
+        llm = engine(quantized / "modelopt")
+    assert f"lm_head {kind}: quantized here" in caplog.text
+    model = model_of(llm)
+    assert model.lm_head is model.model.embed_tokens
+    assert hasattr(model.lm_head, kind)
+    for (tokens, logprobs), (expected, of_expected) in zip(generated(llm), with_head, strict=True):
+        assert tokens == expected
+        assert torch.equal(logprobs, of_expected)
+
+
 @pytest.mark.slow
 def test_a_dummy_load(quantized):
     llm = engine(quantized / "compressed-tensors", load_format="dummy")

@@ -11,12 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
-from vllm.config import get_current_vllm_config_or_none
+from vllm.config import VllmConfig, get_current_vllm_config_or_none
+from vllm.distributed import get_pp_group
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.model_executor.layers.quantization.modelopt import ModelOptMixedPrecisionConfig, ModelOptNvFp4Config
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from adallm.vllm_plugin import compat, linear
 from adallm.vllm_plugin.report import Report
@@ -43,6 +44,8 @@ class _Ours:
         self._where = "reference on a CPU" if capability is None else "Triton"
         self._report = Report(config)
         self._experts: set[str] = set()  # methods of vLLM that were named in the log
+        self._tied = _ties(config)
+        self._has_head = False
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
         self._prepare()
@@ -51,11 +54,15 @@ class _Ours:
             self._report.add(*self._row(layer), ours=True)
             return ours
         kind = self._settings.lm_head
-        if isinstance(layer, ParallelLMHead) and kind in _HEADS and _is_dense(method):
-            self._report.add(
-                "lm_head", f"adallm {_HEADS[kind]}, {self._where}", f"lm_head {kind}: quantized here", ours=True
-            )
-            return linear.AdaLLMHeadMethod(kind, prefix, self._report)
+        self._has_head |= isinstance(layer, ParallelLMHead)
+        if kind in _HEADS and _is_dense(method):
+            row = ("lm_head", f"adallm {_HEADS[kind]}, {self._where}", f"lm_head {kind}: quantized here")
+            if isinstance(layer, ParallelLMHead):
+                self._report.add(*row, ours=True)
+                return linear.AdaLLMHeadMethod(kind, prefix, self._report)
+            if self._tied and type(layer) is VocabParallelEmbedding:
+                self._report.expect()
+                return linear.AdaLLMTiedHeadMethod(kind, prefix, self._report, lambda: not self._has_head, row)
         if isinstance(layer, RoutedExperts):
             name = type(method).__name__
             if name not in self._experts:
@@ -91,6 +98,13 @@ class _Ours:
 
     def _layer(self, names: Names, prefix: str) -> linear.NVFP4Layer:
         return linear.NVFP4Layer(names, prefix, self.packed_modules_mapping, self._activations, self._report)
+
+
+def _ties(config: VllmConfig | None) -> bool:
+    """Whether the embedding may be what this rank multiplies by in the end."""
+    if config is None or config.model_config is None or not get_pp_group().is_last_rank:
+        return False
+    return bool(getattr(config.model_config.hf_text_config, "tie_word_embeddings", False))
 
 
 def _kind(layer: nn.Module) -> str:

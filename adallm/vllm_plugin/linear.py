@@ -176,6 +176,12 @@ class AdaLLMHeadMethod(UnquantizedEmbeddingMethod):
         self._kind, self._prefix, self._report = kind, prefix, report
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
+        made = self._make(layer)
+        # Of a head that is tied to the embeddings they keep theirs.
+        del layer.weight
+        self._report.processed(made)
+
+    def _make(self, layer: nn.Module) -> NVFP4Linear | FP8Linear:
         dense, bias = layer.weight.data, _own_bias(layer)
         if self._kind == "nvfp4":
             made = NVFP4Linear(nvfp4.quantize(dense), bias)
@@ -183,10 +189,31 @@ class AdaLLMHeadMethod(UnquantizedEmbeddingMethod):
             raise ValueError(f"{self._prefix} is {dense.dtype}; lm_head fp8 supports bfloat16 on a GPU")
         else:
             made = FP8Linear(fp8.quantize(dense, granularity="row"), bias)
-        # Of a head that is tied to the embeddings they keep theirs.
-        del layer.weight
         setattr(layer, self._kind, made)
-        self._report.processed(made)
+        return made
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return _applied(getattr(layer, self._kind), x, bias, self._prefix)
+
+
+class AdaLLMTiedHeadMethod(AdaLLMHeadMethod):
+    """An embedding that may be the ``lm_head`` too, as in some models of some releases of vLLM: it stays as it is, and
+    beside it is what the ``lm_head`` is quantized to.
+
+    Args:
+        is_head: whether it is; called when the whole model is made.
+        row: for the report, if so.
+    """
+
+    def __init__(
+        self, kind: str, prefix: str, report: Report, is_head: Callable[[], bool], row: tuple[str, str, str]
+    ) -> None:
+        super().__init__(kind, prefix, report)
+        self._is_head, self._row = is_head, row
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        made = None
+        if self._is_head():
+            self._report.add(*self._row)
+            made = self._make(layer)
+        self._report.processed(made)

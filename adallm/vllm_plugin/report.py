@@ -36,14 +36,18 @@ class Report:
         self._rows[kind, kernel, reason] += 1
         self._left += ours
 
+    def expect(self) -> None:
+        """A layer that ``processed`` will be called for, and that may have no row."""
+        self._left += 1
+
     def moved(self, old: tuple[str, str, str], new: tuple[str, str, str]) -> None:
         """A layer that one of ours was to run goes to vLLM's."""
         self._rows[old] -= 1
         self._rows[new] += 1
         self._left -= 1
 
-    def processed(self, linear: NVFP4Linear | FP8Linear) -> None:
-        """One of our layers has its weights in place."""
+    def processed(self, linear: NVFP4Linear | FP8Linear | None) -> None:
+        """One of our layers has its weights in place; None for one that was expected and is none of ours."""
         if isinstance(linear, NVFP4Linear):
             self._linear.append(linear)
         self._left -= 1
