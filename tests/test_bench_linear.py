@@ -403,8 +403,8 @@ ROWS = [
     row("A.o", 1024, "adallm-w4a16", 100.0),
     row("A.o", 1024, "adallm-w4a8", 50.0),
     row("A.o", 1024, "humming", 120.0),
-    row("A.o", 2048, "adallm-w4a16", 100.0),
-    row("A.o", 2048, "humming", 1.0),
+    row("A.o", 3500, "adallm-w4a16", 100.0),
+    row("A.o", 3500, "humming", 1.0),
     row("A.o", 8192, "adallm-w4a8", 400.0),
     row("A.o", 8192, "cublas-bf16", 600.0),
     row("A.down", 64, "marlin", 5.0),
@@ -430,7 +430,7 @@ def test_summary_groups():
     assert groups["M <= 16", "adallm-w4a16", "vs_bf16"]["minimum"] == 2.0
     assert groups["M 1024..3000", "adallm-w4a16", "vs_w4"]["geomean"] == pytest.approx(1.2)
     assert groups["M >= 4096", "adallm-w4a8", "vs_bf16"]["geomean"] == pytest.approx(1.5)
-    # 2048 is in no group, 64 has no row of ours, and w4a16 has none past 4096.
+    # 3500 is in no group, 64 has no row of ours, and w4a16 has none past 4096.
     assert {name for name, _, _ in groups} == {"M <= 16", "M 1024..3000", "M >= 4096"}
     assert ("M >= 4096", "adallm-w4a16", "vs_w4") not in groups
 

@@ -59,6 +59,12 @@ def test_what_is_said_of_the_projection_is_in_the_record():
         assert f"to {len(known)} of {of_what} {error[0]}" in said
 
 
+def test_what_is_said_of_quantizing_a_model_is_in_the_record():
+    rows = results.read(RESULTS / "convert" / "h100-80gb-hbm3.json")["rows"]
+    (row,) = [row for row in rows if row["rule"] == "mse"]
+    assert f"a model of Qwen3-8B's size took {row['s']:.0f} s with `mse`" in " ".join(README.split())
+
+
 def test_every_path_exists():
     paths = re.findall(r"`((?:results|adallm|notebooks)/[\w./-]*)`|\]\(((?:results|notebooks)/[\w./-]+)\)", README)
     assert len(paths) > 5
