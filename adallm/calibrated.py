@@ -79,6 +79,34 @@ def convert(
     return checkpoint.convert(src, dst, scale_rule=scale_rule, **found, **options, device=device, progress=progress)
 
 
+def moments(
+    src: str | Path,
+    *,
+    text: Sequence[str | Path] = (),
+    tokens: int = TOKENS,
+    device: str = "cpu",
+    progress: bool = False,
+) -> dict[str, Tensor]:
+    """``sum x x^T`` of what enters each layer that ``convert`` would quantize, float64 ``[K, K]`` on the CPU.
+
+    The arguments and errors are those of ``convert``. All layers of the model are in memory at a time.
+    """
+    check_device(device)
+    source = Path(src)
+    groups = checkpoint.plan(source, None)
+    windows = read_windows(source, text, tokens)
+    found: dict[str, Tensor] = {}
+
+    def visit(of_layers: Moments, _: Callable[[str], nn.Linear]) -> bool:
+        for first, total in of_layers.items():
+            found.update(dict.fromkeys(groups[first], total.cpu()))
+        return False
+
+    given = {"diagonal": False, "device": device, "title": source.name, "progress": progress}
+    walk(_load(source), windows, _first(groups), visit, **given)
+    return found
+
+
 def _load(source: Path) -> PreTrainedModel:
     import transformers
 

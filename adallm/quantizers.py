@@ -6,7 +6,7 @@ and squares summed over a block of 16 weights ``w``:
 =================  ================================================================================================
 ``max``            ``s = E4M3(amax / 6 g)``: the largest weight becomes 6. ``g = amax / (6 * 448)`` over the tensor.
 ``four_over_six``  that, or ``s = E4M3(amax / 4 g)`` where it gives less ``sum (w - q s g)^2``. So that this is in E4M3,
-                   ``g = amax / (6 * 256)`` (arXiv 2512.02010).
+                   ``g = amax / (6 * 256)`` (arXiv 2512.02010; the codes of ModelOpt 0.47).
 ``mse``            the ``s`` among all of E4M3 with the least ``sum (w - q s g)^2``, and of ``GLOBAL_SCALES`` the ``g``
                    with the least sum over the tensor.
 ``imatrix``        as ``mse``, of ``sum h (w - q s g)^2`` with an importance ``h`` of each column: E[x^2] of the input.

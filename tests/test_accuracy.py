@@ -151,15 +151,27 @@ def test_main_writes_the_record(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(accuracy, "SHAPE", (16, 128))
     some = dict(list(accuracy.layers().items())[:2])
     monkeypatch.setattr(accuracy, "layers", lambda: some)
+    inputs = {name: torch.diag(torch.arange(1, w.shape[1] + 1).double()) for name, w in some.items()}
+    halved = {rule: {name: w.float() / 2 for name, w in some.items()} for rule in ("imatrix", "gptq")}
+    monkeypatch.setattr(accuracy, "moments", lambda: inputs)
+    monkeypatch.setattr(accuracy, "from_text", lambda: halved)
     threads = torch.get_num_threads()
     assert accuracy.main([]) == 0
     assert torch.get_num_threads() == threads
     record = results.read(tmp_path / "quantizers" / "cpu.json")
-    assert len(record["rows"]) == (4 + 1) * (4 + 8 + 12) + 2 * (4 + 8)
+    assert len(record["rows"]) == 4 * (4 + 8 + 12) + (4 + 8 + 2 + 12) + 2 * (4 + 8 + 2)
     pooled = results.find(record, source="tiny", format="nvfp4", rule="mse")
     parts = [results.find(record, source=f"tiny.{name}", format="nvfp4", rule="mse") for name in some]
     energy = [float(w.double().square().sum()) for w in some.values()]
     expected = sum(e * row["rel_sq_err"] for e, row in zip(energy, parts, strict=True)) / sum(energy)
     assert pooled["rel_sq_err"] == pytest.approx(expected, rel=1e-4)
     assert (pooled["n"], pooled["stderr"]) == (None, None)
+    half = results.find(record, source="tiny", format="nvfp4", rule="gptq")
+    assert (half["rel_sq_err"], half["rel_out_err"]) == (0.25, 0.25)
+    for name, w in some.items():
+        row = results.find(record, source=f"tiny.{name}", format="nvfp4", rule="max")
+        d, each = (w.float() - accuracy.nvfp4_qdq(w)).double().square().sum(0), w.double().square().sum(0)
+        weights = torch.arange(1, w.shape[1] + 1)
+        assert row["rel_out_err"] == pytest.approx(float((d * weights).sum() / (each * weights).sum()), rel=1e-5)
+    assert results.find(record, source="laplace", format="nvfp4", rule="max")["rel_out_err"] is None
     assert "SQNR, dB" in capsys.readouterr().out

@@ -1,9 +1,11 @@
 """Scale rules against brute force over all scales and codes, in double precision."""
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from adallm import fp8, nvfp4, quantizers
 from adallm.formats import E2M1_VALUES, E4M3_VALUES, NVFP4_BLOCK
@@ -104,6 +106,25 @@ def test_four_over_six(name, layout):
     )
     rejected = nvfp4.NVFP4Tensor(nvfp4.pack(codes), other.view(torch.float8_e4m3fn), t.global_scale)
     assert bool((error_of(t, w) <= error_of(rejected, w) * (1 + 1e-5)).all())
+
+
+def test_four_over_six_is_modelopts():
+    """Bytes that ModelOpt 0.47 made, which does not fit beside vLLM; how is in the file's metadata."""
+    with safe_open(Path(__file__).parent / "data" / "modelopt_four_over_six.safetensors", "pt") as file:
+        w, packed, scale, global_scale = map(file.get_tensor, ("weight", "packed", "scale", "global_scale"))
+    t = nvfp4.quantize(w, scale_rule="four_over_six")
+    assert torch.equal(t.global_scale, global_scale)
+    # Of zeros, which have the scale 448 there and 1 here; and of a block whose two errors are the same but for 2e-7.
+    zeros, tie = (12, 0), (7, 1)
+    other = (t.scale.view(torch.uint8) != scale.view(torch.uint8)).nonzero().tolist()
+    assert other == [list(tie), list(zeros)]
+    assert not w[12, :16].any()
+    codes, theirs = (nvfp4.unpack(p).unflatten(-1, (-1, NVFP4_BLOCK)) for p in (t.packed, packed))
+    assert (codes != theirs).any(-1).nonzero().tolist() == [list(tie)]
+    step = global_scale.double() * torch.stack([t.scale[tie], scale[tie]]).double()[:, None]
+    values = GRID[torch.stack([codes[tie], theirs[tie]]).long()] * step
+    ours, modelopts = (w[7, 16:32].double() - values).square().sum(-1).tolist()
+    assert ours == pytest.approx(modelopts, rel=1e-6)
 
 
 @pytest.mark.parametrize("rule", quantizers.SEARCHED)

@@ -6,6 +6,10 @@ as they are stored and, as ``nvfp4-w4a8``, as FP8 activations meet them: product
 E2M1 is measured in blocks of 16 to 128 under three kinds of scale, which tells the cost of the block from the cost of
 the scale.
 
+Of the layers of the bundled model there are also the rules ``imatrix`` and ``gptq``, which read text, as ``adallm
+quantize`` gives them by default; and ``rel_out_err = tr((w - w') H (w - w')^T) / tr(w H w^T)``, H being the second moments
+of a layer's input on held-out text: the relative squared error of its output.
+
 The distributions are ``SEEDS`` matrices each; their ``stderr`` is that of the ratio over the matrices. ``tiny`` stands
 for all layers of the bundled model together, ``tiny.layers.0.mlp.down_proj`` for one of them.
 """
@@ -16,6 +20,7 @@ import argparse
 import math
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adallm import baselines, checkpoint, fp8, nvfp4, quantizers, results, text, tiny
+from adallm import baselines, calibrated, checkpoint, evaluate, fp8, nvfp4, quantizers, results, text, tiny
 from adallm.formats import (
     BITS_PER_WEIGHT,
     E2M1_MAX,
@@ -57,7 +62,7 @@ class Scheme:
     block: int | None
     scale_format: str
     bits_per_weight: float
-    qdq: Callable[[Tensor], Tensor]
+    qdq: Callable[[Tensor], Tensor] | None  # None where it takes a model
 
 
 def nvfp4_qdq(w: Tensor, *, rule: str = "max") -> Tensor:
@@ -131,6 +136,7 @@ RULES = (
     ),
     Scheme("int4-g16", None, 16, "fp16", 4 + (16 + 4) / 16, partial(baselines.int4, group=16)),
 )
+FROM_TEXT = tuple(Scheme("nvfp4", rule, 16, "e4m3", _BITS, None) for rule in calibrated.RULES)
 SWEEP = tuple(
     Scheme(
         "e2m1", None, block, scale, 4 + bits / block, lambda w, b=block, s=scale: e2m1_qdq(w, block=b, scale_format=s)
@@ -177,11 +183,41 @@ def layers(directory: Path = MODEL) -> dict[str, Tensor]:
     }
 
 
-def squares(w: Tensor, schemes: Sequence[Scheme]) -> list[tuple[float, float]]:
-    """``(sum((w - qdq(w))^2), sum(w^2))`` for each scheme, summed in FP64."""
+def from_text() -> dict[str, dict[str, Tensor]]:
+    """What each rule of ``FROM_TEXT`` makes of the bundled model: rule -> layer -> values, FP32."""
+    found = {}
+    for scheme in FROM_TEXT:
+        with tempfile.TemporaryDirectory() as folder:
+            done = calibrated.convert(MODEL, Path(folder) / "model", scale_rule=scheme.rule)
+            found[scheme.rule] = layers(done.path)
+    return found
+
+
+def moments() -> dict[str, Tensor]:
+    """``sum x x^T`` of what enters each layer of the bundled model on held-out text."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = []
+        for i, document in enumerate(evaluate.documents()):
+            files.append(Path(folder) / f"{i}.py")
+            files[-1].write_text(document.text, encoding="utf-8")
+        found = calibrated.moments(MODEL, text=files)
+    return {name.removeprefix("model."): h for name, h in found.items()}
+
+
+def squares(w: Tensor, quantized: Sequence[Tensor], h: Tensor | None = None) -> list[tuple[float, float]]:
+    """``(sum((w - w')^2), sum(w^2))`` for each ``w'``, with ``h`` ``tr(d h d^T)`` in place of each sum, in FP64."""
+
+    def square(d: Tensor) -> float:
+        d = d.double()
+        return float((d.square() if h is None else d @ h * d).sum())
+
     w = w.float()
-    signal = float(w.double().square().sum())
-    return [(float((w - scheme.qdq(w)).double().square().sum()), signal) for scheme in schemes]
+    signal = square(w)
+    return [(square(w - q), signal) for q in quantized]
+
+
+def _all_qdq(w: Tensor, schemes: Sequence[Scheme]) -> list[Tensor]:
+    return [scheme.qdq(w.float()) for scheme in schemes]
 
 
 def measure_source(
@@ -194,19 +230,26 @@ def measure_source(
         matrices: at least one, ``[N, K]``.
         schemes: the first must be NVFP4 with the max rule.
     """
-    return _rows(source, matrices[0].shape, [squares(w, schemes) for w in matrices], schemes)
+    parts = [squares(w, _all_qdq(w, schemes)) for w in matrices]
+    return _rows(source, matrices[0].shape, parts, schemes)
 
 
 def measure() -> Iterator[dict[str, Any]]:
     """All rows: the distributions, each layer of the bundled model, and all layers together."""
-    every, of_layers = FORMATS + RULES + SWEEP, FORMATS + RULES
     for name in DISTRIBUTIONS:
-        yield from measure_source(name, [distribution(name, seed) for seed in range(SEEDS)], every)
-    weights = layers()
-    of_layer = {name: squares(weight, every) for name, weight in weights.items()}
+        matrices = [distribution(name, seed) for seed in range(SEEDS)]
+        yield from measure_source(name, matrices, FORMATS + RULES + SWEEP)
+    of_layer, every = FORMATS + RULES + FROM_TEXT, FORMATS + RULES + FROM_TEXT + SWEEP
+    weights, made, h = layers(), from_text(), moments()
+    errors, outputs = [], []
     for name, weight in weights.items():
-        yield from _rows(f"tiny.{name}", weight.shape, [of_layer[name][: len(of_layers)]], of_layers)
-    for row in _rows("tiny", (None, None), list(of_layer.values()), every):
+        plain = _all_qdq(weight, FORMATS + RULES)
+        quantized = [*plain, *(made[scheme.rule][name].float() for scheme in FROM_TEXT), *_all_qdq(weight, SWEEP)]
+        errors.append(squares(weight, quantized))
+        outputs.append(squares(weight, quantized, h[name]))
+        first = len(of_layer)
+        yield from _rows(f"tiny.{name}", weight.shape, [errors[-1][:first]], of_layer, [outputs[-1][:first]])
+    for row in _rows("tiny", (None, None), errors, every, outputs):
         # All of them were measured: there is no sample to draw a standard error from.
         yield row | {"stderr": None}
 
@@ -224,9 +267,14 @@ def check(w: Tensor) -> None:
 
 
 def _rows(
-    source: str, shape: Sequence[int | None], parts: Sequence[Sequence[tuple[float, float]]], schemes: Sequence[Scheme]
+    source: str,
+    shape: Sequence[int | None],
+    parts: Sequence[Sequence[tuple[float, float]]],
+    schemes: Sequence[Scheme],
+    outputs: Sequence[Sequence[tuple[float, float]]] = (),
 ) -> list[dict[str, Any]]:
     errors = [_ratio([part[i] for part in parts]) for i in range(len(schemes))]
+    of_outputs = [_ratio([part[i] for part in outputs])[0] if outputs else None for i in range(len(schemes))]
     of_max = errors[0][0]
     return [
         {
@@ -243,8 +291,9 @@ def _rows(
             "stderr": None if stderr is None else _rounded(stderr),
             "sqnr_db": round(-10 * math.log10(error), 4) if error else None,
             "vs_max": _rounded(error / of_max) if of_max else None,
+            "rel_out_err": None if of_output is None else _rounded(of_output),
         }
-        for scheme, (error, stderr) in zip(schemes, errors, strict=True)
+        for scheme, (error, stderr), of_output in zip(schemes, errors, of_outputs, strict=True)
     ]
 
 
@@ -263,16 +312,17 @@ def _rounded(value: float) -> float:
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> str:
     """SQNR in dB, and squared error relative to NVFP4 with the max rule, by source, format and rule; the layers of the
-    bundled model together.
+    bundled model together, with the relative squared error of their outputs.
     """
     sources = [*DISTRIBUTIONS, "tiny"]
     of = {(row["source"], row["format"], row["rule"]): row for row in rows if row["format"] != "e2m1"}
     lines = []
-    for scheme in FORMATS + RULES:
-        found = [of[source, scheme.format, scheme.rule] for source in sources]
-        cells = [f"{row['sqnr_db']:.2f} {row['vs_max']:.4f}" for row in found]
-        lines.append((f"{scheme.format} {scheme.rule or ''}".rstrip(), *cells))
-    return text.table(("SQNR, dB, and vs max", *sources), lines, align="l" + "r" * len(sources))
+    for scheme in FORMATS + RULES + FROM_TEXT:
+        found = [of.get((source, scheme.format, scheme.rule)) for source in sources]
+        cells = [f"{row['sqnr_db']:.2f} {row['vs_max']:.4f}" if row else "-" for row in found]
+        lines.append((f"{scheme.format} {scheme.rule or ''}".rstrip(), *cells, f"{found[-1]['rel_out_err']:.6f}"))
+    header = ("SQNR, dB, and vs max", *sources, "tiny, outputs")
+    return text.table(header, lines, align="l" + "r" * (len(sources) + 1))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

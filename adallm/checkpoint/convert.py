@@ -142,7 +142,7 @@ def _key(directory: Directory, options: Any, given: Mapping[str, Mapping[str, An
 
 def plan(
     src: str | Path,
-    dst: str | Path,
+    dst: str | Path | None,
     *,
     layout: str = MODELOPT,
     ignore: Iterable[str] = DEFAULT_IGNORE,
@@ -150,6 +150,9 @@ def plan(
     share_scales: bool = True,
 ) -> dict[str, tuple[str, ...]]:
     """The modules of a dense directory that ``convert`` would quantize, each with those that share its global scale.
+
+    Args:
+        dst: None if nothing will be written; the other arguments are those of ``convert``.
 
     Raises:
         ValueError, FileExistsError: as ``convert``; and a source that is quantized already.
@@ -164,7 +167,7 @@ def plan(
 
 
 def _opened(
-    src: str | Path, dst: str | Path, layout: str, ignore: Iterable[str], kv_cache: str | None
+    src: str | Path, dst: str | Path | None, layout: str, ignore: Iterable[str], kv_cache: str | None
 ) -> tuple[Checkpoint, Patterns]:
     if isinstance(ignore, str):
         raise ValueError(f"ignore is the string {ignore!r}; it must be a sequence of patterns")
@@ -173,7 +176,8 @@ def _opened(
     if kv_cache not in (None, "fp8"):
         raise ValueError(f"kv_cache {kv_cache!r}; supported: fp8, None")
     patterns = Patterns(ignore)
-    check_absent(Path(dst))
+    if dst is not None:
+        check_absent(Path(dst))
     return open_checkpoint(src), patterns
 
 
