@@ -42,6 +42,9 @@ FIGURES = {
     "sqnr_by_layer": lambda: plots.sqnr_by_layer(record("quantizers")),
     "block_sizes": lambda: plots.block_sizes(record("quantizers")),
     "scale_formats": lambda: plots.scale_formats(record("quantizers")),
+    "rule_errors": lambda: plots.rule_errors(record("quantizers")),
+    "rule_outputs": lambda: plots.rule_outputs(record("quantizers")),
+    "rule_perplexity": lambda: plots.rule_perplexity(record("rules")),
 }
 SOURCE = {
     "published": "published, not measured here: RaZeR, arXiv 2501.04052",
@@ -215,3 +218,37 @@ def test_formats_look_alike_in_all_figures():
     colors = {row["format"]: to_hex(bar.get_facecolor()) for row, bar in zip(rows, drawn, strict=True)}
     assert {form: colors[form] for form in by_format} == by_format
     assert len(set(colors.values())) == len(colors)
+
+
+def test_rule_errors_are_those_of_the_record():
+    changed = record("quantizers")
+    results.find(changed, source="laplace", format="nvfp4-w4a8", rule="mse_fp8")["vs_max"] = 0.123
+    stored, met = plots.rule_errors(changed).axes
+    sources = 5
+    assert len(heights(stored)) == 4 * sources + 1
+    assert len(heights(met)) == 4 * sources
+    assert (
+        heights(stored)[sources]
+        == results.find(changed, source="gaussian", format="nvfp4", rule="four_over_six")["vs_max"]
+    )
+    assert heights(met)[3 * sources + 1] == 0.123
+
+
+def test_rule_outputs_are_those_of_the_record():
+    changed = record("quantizers")
+    row = results.find(changed, source="tiny", format="nvfp4", rule="gptq")
+    row["rel_out_err"] = 0.01
+    (axes,) = plots.rule_outputs(changed).axes
+    points = [tuple(line.get_xydata()[0]) for line in axes.lines]
+    assert len(points) == 6
+    assert points[-1] == (row["rel_sq_err"], 0.01)
+
+
+def test_rule_perplexity_is_that_of_the_record():
+    changed = record("rules")
+    rows = [row for row in changed["rows"] if row["rule"] is not None]
+    rows[1]["delta"] = 0.05
+    figure = plots.rule_perplexity(changed)
+    (axes,) = figure.axes
+    assert widths(axes) == [row["delta"] for row in rows]
+    assert {"gptq*", "imatrix*", "max"} <= set(texts(figure))

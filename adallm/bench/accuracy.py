@@ -7,8 +7,8 @@ E2M1 is measured in blocks of 16 to 128 under three kinds of scale, which tells 
 the scale.
 
 Of the layers of the bundled model there are also the rules ``imatrix`` and ``gptq``, which read text, as ``adallm
-quantize`` gives them by default; and ``rel_out_err = tr((w - w') H (w - w')^T) / tr(w H w^T)``, the relative squared error
-of a layer's output, H being the second moments of its input on held-out text.
+quantize`` gives them by default; and ``rel_out_err = tr((w - w') H (w - w')^T) / tr(w H w^T)``, the relative squared
+error of a layer's output, H being the second moments of its input on held-out text.
 
 The distributions are ``SEEDS`` matrices each; their ``stderr`` is that of the ratio over the matrices. ``tiny`` stands
 for all layers of the bundled model together, ``tiny.layers.0.mlp.down_proj`` for one of them.

@@ -1,11 +1,12 @@
 """Records drawn as figures: one style, SVG and PNG, the source of the numbers under each figure.
 
 Figure functions take a record, rows or plain arrays and return a ``matplotlib.figure.Figure``; ``show`` saves it and
-gives a notebook the very PNG that was saved. ``style`` holds what they share, ``training``, ``weights`` and
-``evaluation`` the figures.
+gives a notebook the very PNG that was saved. ``style`` holds what they share, ``training``, ``weights``,
+``rules`` and ``evaluation`` the figures.
 """
 
 from adallm.plots.evaluation import divergence, loss_by_bits, perplexity, published
+from adallm.plots.rules import rule_errors, rule_outputs, rule_perplexity
 from adallm.plots.style import COLORS, HATCHES, STYLE, TITLES, save, show, source_of, table
 from adallm.plots.training import recipes, training_curve
 from adallm.plots.weights import block, block_sizes, grids, scale_formats, sqnr, sqnr_by_layer
@@ -23,6 +24,9 @@ __all__ = [
     "perplexity",
     "published",
     "recipes",
+    "rule_errors",
+    "rule_outputs",
+    "rule_perplexity",
     "save",
     "scale_formats",
     "show",
