@@ -2,7 +2,9 @@
 
 ``imatrix`` weighs the error of a weight by E[x^2] of its column's input, as the model gives it before anything is
 quantized (``quantizers.py``). ``gptq`` goes through the layers in order: the inputs of a layer come from those before
-it as they were quantized (``gptq.py``). Layers that are run as one have one global scale, as with all rules.
+it as they were quantized (``gptq.py``). Layers that are run as one have one global scale, as with all rules. What GPTQ
+has made of a decoder layer is kept beside the destination until the whole is there: after an interrupt the same call
+runs the text through those layers and goes on behind them.
 """
 
 from __future__ import annotations
@@ -13,11 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from adallm import checkpoint, gptq, nvfp4, quantizers
 from adallm.checkpoint import Conversion
-from adallm.checkpoint.convert import DEFAULT_IGNORE, check_device
+from adallm.checkpoint.convert import DEFAULT_IGNORE, check_device, key_of
+from adallm.checkpoint.partial import partial_directory
 from adallm.rows import finite_amax
 from adallm.walk import Moments, walk
 from adallm.windows import TOKENS, check_tokens, read_windows
@@ -26,6 +30,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 RULES = ("imatrix", "gptq")
+_PARTS = ("packed", "scale", "global_scale", "divisor")
+# What GPTQ's results depend on, beside what all conversions do.
+_CODE = ("calibrated", "gptq", "walk", "windows")
 
 
 def convert(
@@ -70,13 +77,17 @@ def convert(
     model = _load(source)
     check_tokens(source, windows, model.get_input_embeddings().num_embeddings)
     given = {"device": device, "title": Path(dst).name, "progress": progress}
+    convert_as = {"scale_rule": scale_rule, **options, "device": device, "progress": progress}
     if scale_rule == "imatrix":
-        found = {"importance": _importance(model, windows, groups, **given)}
-    else:
-        _check_columns(model, groups, sum(map(len, windows)))
-        found = {"quantized": _quantized(model, windows, groups, layout, **given)}
-    del model
-    return checkpoint.convert(src, dst, scale_rule=scale_rule, **found, **options, device=device, progress=progress)
+        importance = _importance(model, windows, groups, **given)
+        del model
+        return checkpoint.convert(src, dst, importance=importance, **convert_as)
+    _check_columns(model, groups, sum(map(len, windows)))
+    key = key_of(source, [groups, layout, device, windows], {}, _CODE)
+    with partial_directory(Path(dst), key) as folder:
+        quantized = _quantized(model, windows, groups, layout, folder, **given)
+        del model
+        return checkpoint.convert(src, dst, quantized=quantized, **convert_as)
 
 
 def moments(
@@ -149,9 +160,23 @@ def _quantized(
     windows: Sequence[Sequence[int]],
     groups: dict[str, tuple[str, ...]],
     layout: str,
+    folder: Path,
     **given: object,
 ) -> dict[str, nvfp4.NVFP4Tensor]:
     found: dict[str, nvfp4.NVFP4Tensor] = {}
+
+    def file(firsts: Iterable[str]) -> Path:
+        return folder / f"{min(firsts)}.safetensors"
+
+    def ready(firsts: Sequence[str], module: Callable[[str], nn.Linear]) -> bool:
+        if not file(firsts).is_file():
+            return False
+        tensors = load_file(file(firsts))
+        for name in itertools.chain.from_iterable(groups[first] for first in firsts):
+            found[name] = nvfp4.NVFP4Tensor(*(tensors.get(f"{name} {part}") for part in _PARTS))
+            weight = module(name).weight
+            weight.copy_(nvfp4.dequantize(found[name].to(weight.device)))
+        return True
 
     def visit(moments: Moments, module: Callable[[str], nn.Linear]) -> bool:
         for first, total in moments.items():
@@ -164,10 +189,21 @@ def _quantized(
                 )
                 weight.copy_(nvfp4.dequantize(part))
                 found[name] = part.to("cpu")
+        names = itertools.chain.from_iterable(groups[first] for first in moments)
+        _store(file(moments), {name: found[name] for name in names})
         return True
 
-    walk(model, windows, _first(groups), visit, diagonal=False, **given)
+    walk(model, windows, _first(groups), visit, ready=ready, diagonal=False, **given)
     return found
+
+
+def _store(file: Path, weights: dict[str, nvfp4.NVFP4Tensor]) -> None:
+    tensors = {f"{name} {part}": getattr(t, part) for name, t in weights.items() for part in _PARTS}
+    # Parts of one tensor share its memory, which a file cannot.
+    tensors = {name: tensor.clone() for name, tensor in tensors.items() if tensor is not None}
+    partial = file.with_suffix(".partial")
+    save_file(tensors, partial)
+    partial.rename(file)
 
 
 def _first(groups: dict[str, tuple[str, ...]]) -> list[str]:

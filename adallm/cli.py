@@ -131,7 +131,7 @@ def _quantize(args: argparse.Namespace) -> int:
             progress=not args.quiet,
         )
     except KeyboardInterrupt:
-        print("adallm: finished files are kept; the same command goes on behind them", file=sys.stderr)
+        print("adallm: what is finished is kept; the same command goes on behind it", file=sys.stderr)
         raise
     print(
         f"{done.path}: {done.quantized} NVFP4 weights in the {done.layout} layout, "

@@ -76,6 +76,7 @@ def walk(
     wanted: Collection[str],
     visit: Callable[[Moments, Callable[[str], nn.Linear]], bool],
     *,
+    ready: Callable[[Sequence[str], Callable[[str], nn.Linear]], bool] = lambda *_: False,
     diagonal: bool,
     device: str,
     title: str,
@@ -89,6 +90,8 @@ def walk(
         wanted: names of linear layers.
         visit: takes the moments and a function from name to module, whose weight it may change; True if it did, so that
             later layers are given what they then get.
+        ready: takes the wanted names of a decoder layer, or those behind the last, before it runs, and the same
+            function; True if their weights are as ``visit`` would leave them, which is then not called.
         diagonal: the diagonals alone.
         device: where a layer runs.
 
@@ -111,17 +114,19 @@ def walk(
         states = [calls.enter(window).to(device) for window in windows]
         for index, (layer, names) in enumerate(zip(layers, inside, strict=True)):
             layer.to(device)
-            with _observed({name: modules[name] for name in names}, diagonal) as moments:
+            done = bool(names) and ready(names, modules.__getitem__)
+            with _observed({} if done else {name: modules[name] for name in names}, diagonal) as moments:
                 passed = []
                 for state in states:
                     passed.append(calls.layer(index, state))
                     bar.update(state.shape[1])
-            _check_seen(names, moments)
-            if names and visit(moments, modules.__getitem__):
-                passed = [calls.layer(index, state) for state in states]
+            if not done:
+                _check_seen(names, moments)
+                if names and visit(moments, modules.__getitem__):
+                    passed = [calls.layer(index, state) for state in states]
             states = passed
             layer.to("cpu")
-        if behind:
+        if behind and not ready(behind, modules.__getitem__):
             with _observed({name: modules[name] for name in behind}, diagonal) as moments:
                 for window, state in zip(windows, states, strict=True):
                     calls.leave(window, state.cpu())

@@ -1,6 +1,7 @@
 """``calibrated.py``, ``walk.py``: rules that know a layer's inputs from text."""
 
 import math
+import os
 import shutil
 
 import pytest
@@ -10,6 +11,7 @@ from test_calibrate import MODEL, raw
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from adallm import calibrated, checkpoint, gptq, nvfp4, quantizers, walk
+from adallm.checkpoint import partial
 from adallm.cli import main
 from adallm.tiny import corpus
 
@@ -263,3 +265,71 @@ def test_on_a_gpu_as_on_a_cpu(tmp_path, text, rule, layout):
     assert all(value.device.type == "cpu" for value in raw(tmp_path / "cuda").values())
     # Rounding the other way in a few places changes little; GPTQ passes it on.
     assert noise["cuda"] == pytest.approx(noise["cpu"], rel=0.02 if rule == "gptq" else 1e-3)
+
+
+def files(path):
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+@pytest.mark.parametrize("layout", nvfp4.LAYOUTS)
+def test_gptq_goes_on_behind_the_layers_that_it_finished(tmp_path, text, monkeypatch, layout):
+    source = dense(tmp_path / "src")
+    options = {"scale_rule": "gptq", "text": [text], "tokens": TOKENS, "layout": layout, "ignore": ()}
+    whole = calibrated.convert(source, tmp_path / "whole", **options)
+    real, calls = gptq.quantize, []
+
+    def until(most):
+        def quantize(*args, **given):
+            calls.append(args)
+            if len(calls) > most:
+                raise KeyboardInterrupt
+            return real(*args, **given)
+
+        calls.clear()
+        monkeypatch.setattr(gptq, "quantize", quantize)
+
+    # Four products of each decoder layer, and the head.
+    for most, kept in ((6, 1), (4, 2)):
+        until(most)
+        with pytest.raises(KeyboardInterrupt):
+            calibrated.convert(source, tmp_path / "dst", **options)
+        (folder,) = tmp_path.glob(".dst.*.partial")
+        assert len(list(folder.iterdir())) == kept
+    until(1)
+    done = calibrated.convert(source, tmp_path / "dst", **options)
+    assert len(calls) == 1
+    assert files(done.path) == files(whole.path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dst", "src", "whole"]
+
+
+def test_gptq_of_other_text_begins_anew_and_an_error_leaves_nothing(tmp_path, text, monkeypatch):
+    source = dense(tmp_path / "src")
+    real = gptq.quantize
+
+    def stop(error, most):
+        calls = []
+
+        def quantize(*args, **given):
+            calls.append(args)
+            if len(calls) > most:
+                raise error
+            return real(*args, **given)
+
+        monkeypatch.setattr(gptq, "quantize", quantize)
+        return calls
+
+    options = {"scale_rule": "gptq", "text": [text]}
+    stop(KeyboardInterrupt(), 5)
+    with pytest.raises(KeyboardInterrupt):
+        calibrated.convert(source, tmp_path / "dst", tokens=TOKENS, **options)
+    (first,) = tmp_path.glob(".dst.*.partial")
+    calls = stop(ValueError("singular"), 5)
+    with pytest.raises(ValueError, match="singular"):
+        calibrated.convert(source, tmp_path / "dst", tokens=TOKENS - 1, **options)
+    assert len(calls) == 6
+    assert list(tmp_path.glob(".dst.*.partial")) == [first]
+    descriptor = partial.lock(first, tmp_path / "dst")
+    with pytest.raises(OSError, match=r"dst is being written by another process"):
+        calibrated.convert(source, tmp_path / "dst", tokens=TOKENS, **options)
+    os.close(descriptor)
+    assert not (tmp_path / "dst").exists()

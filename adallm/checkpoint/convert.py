@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,7 @@ def convert(
         "importance": importance or {},
         "quantized": {k: (t.packed, t.scale, t.global_scale.reshape(1)) for k, t in (quantized or {}).items()},
     }
-    key = _key(checkpoint.directory, [scale_rule, share_scales, device, *configs], given)
+    key = key_of(checkpoint.directory.path, [scale_rule, share_scales, device, *configs], given)
     nbytes = rewrite(checkpoint.directory, plan, Path(dst), *configs, progress=progress, key=key)
     source_bytes = sum(header.nbytes for header in checkpoint.directory.headers.values())
     return Conversion(Path(dst), layout, weights, source_bytes, nbytes)
@@ -123,19 +123,28 @@ def check_device(device: str) -> None:
         raise ValueError(f"device {device!r}, but torch finds no CUDA GPU; supported here: cpu")
 
 
-def _key(directory: Directory, options: Any, given: Mapping[str, Mapping[str, Any]]) -> str:
-    """Stands for all that the files depend on: those of the source, options, tensors, and this package's code."""
+def key_of(source: Path, options: Any, given: Mapping[str, Mapping[str, Any]], code: Sequence[str] = ()) -> str:
+    """Stands for all that files depend on: those of the source, options, tensors, and this package's code.
+
+    Args:
+        options: what JSON takes.
+        given: tensors, or tuples of them, by name.
+        code: modules of the package, beside those of a conversion.
+    """
     digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
-    for header in directory.headers.values():
-        stat = header.file.stat()
-        digest.update(f"{header.file.resolve()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    for file in sorted((*source.rglob("*.safetensors"), *source.glob("*.json"))):
+        stat = file.stat()
+        digest.update(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     for part, tensors in given.items():
         for name, found in sorted(tensors.items()):
             digest.update(f"{part} {name}\n".encode())
             for tensor in found if isinstance(found, tuple) else (found,):
                 digest.update(tensor.contiguous().view(torch.uint8).cpu().numpy().tobytes())
     package = Path(nvfp4.__file__).parent
-    for source in (*sorted((package / "checkpoint").glob("*.py")), *(package / f"{name}.py" for name in _CODE)):
+    for source in (
+        *sorted((package / "checkpoint").glob("*.py")),
+        *(package / f"{name}.py" for name in (*_CODE, *code)),
+    ):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
 

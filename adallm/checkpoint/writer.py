@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ from torch import Tensor
 from adallm.checkpoint.directory import CONFIG, HF_QUANT_CONFIG, INDEX
 from adallm.checkpoint.errors import CheckpointError
 from adallm.checkpoint.header import read_header
+from adallm.checkpoint.partial import lock, partial_path
 
 # What belongs to a model beside its weights. A list of what is copied, so that no pickle or program comes along.
 _COPIED_SUFFIXES = {".json", ".jinja", ".jsonl", ".md", ".model", ".tiktoken", ".txt", ".vocab"}
@@ -50,21 +50,15 @@ class DirectoryWriter:
         check_absent(self.destination)
         parent = self.destination.absolute().parent
         parent.mkdir(parents=True, exist_ok=True)
-        prefix, suffix = f".{self.destination.name}.", ".partial"
         if self._key is None:
             self._check_space(parent, 0)
-            self.path = Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=parent))
+            prefix = f".{self.destination.name}."
+            self.path = Path(tempfile.mkdtemp(prefix=prefix, suffix=".partial", dir=parent))
             return self
-        self.path = parent / f"{prefix}{self._key}{suffix}"
+        self.path = partial_path(self.destination, self._key)
         there = sum(file.stat().st_size for file in self.path.glob("*")) if self.path.is_dir() else 0
         self._check_space(parent, there)
-        self.path.mkdir(mode=0o700, exist_ok=True)
-        self._lock = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._lock)
-            raise OSError(f"{self.destination} is being written by another process") from None
+        self._lock = lock(self.path, self.destination)
         return self
 
     def _check_space(self, parent: Path, there: int) -> None:
