@@ -1,5 +1,5 @@
 """The command ``adallm``: ``quantize SRC DST``, ``calibrate MODEL DST``, ``inspect DIR``, ``eval``, ``bench WHAT``,
-``serve MODEL``, ``run MODEL [PROMPT]``, ``doctor [MODEL]``.
+``results``, ``serve MODEL``, ``run MODEL [PROMPT]``, ``doctor [MODEL]``.
 
 A subcommand is a function in ``COMMANDS`` that adds its parser and names the function to run; what is heavy to import
 is imported in there, so that ``adallm --help`` is quick. A run function takes the parsed arguments and returns an exit
@@ -283,6 +283,25 @@ def _bench(args: argparse.Namespace) -> int:
     return bench.main(args.arguments)
 
 
+def _add_results(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "results",
+        help="list the records of measurements",
+        description="List records: experiment, machine, date, commit (+: with changes), rows, and what they say first.",
+    )
+    parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help="default: all")
+    parser.add_argument("--root", type=Path, metavar="DIR", help="where they are (default: results/)")
+    parser.set_defaults(run=_results)
+
+
+def _results(args: argparse.Namespace) -> int:
+    from adallm.bench import _headlines
+
+    found = _headlines.records(args.experiments, args.root)
+    print(text.table(_headlines.HEADER, _headlines.lines(found), align="llllrl"))
+    return 0
+
+
 def _inspect_error(args: argparse.Namespace) -> int:
     from adallm.checkpoint import errors, total
 
@@ -316,6 +335,7 @@ COMMANDS: tuple[Callable[[Any], None], ...] = (
     _add_inspect,
     _add_eval,
     _add_bench,
+    _add_results,
     cli_vllm.add_serve,
     cli_vllm.add_run,
     cli_vllm.add_doctor,
