@@ -8,7 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_calibrate import MODEL, raw
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CompressedTensorsConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from adallm import calibrated, checkpoint, gptq, nvfp4, quantizers, walk
 from adallm.checkpoint import partial
@@ -152,14 +158,31 @@ def test_the_command(tmp_path, text, capsys):
     assert "scale_rule 'mse' reads no text; those that do: imatrix, gptq" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("rule", quantizers.RULES)
+def described(path):
+    return {
+        file.name: {name: (value.dtype, value.shape) for name, value in load_file(file).items()}
+        for file in path.glob("*.safetensors")
+    }
+
+
+@pytest.mark.parametrize("rule", [*quantizers.RULES, "gptq"])
 @pytest.mark.parametrize("layout", nvfp4.LAYOUTS)
 def test_every_rule_writes_a_model_that_loads(tmp_path, text, rule, layout):
+    """With the same configs, names, dtypes and shapes as the max rule: what reads one reads all."""
     source = dense(tmp_path / "src")
     given = {"text": text, "tokens": 512} if rule in calibrated.RULES else {}
     done = calibrated.convert(source, tmp_path / "dst", scale_rule=rule, layout=layout, **given)
-    for file in done.path.glob("*.safetensors"):
-        assert load_file(file)
+    as_max = checkpoint.convert(source, tmp_path / "max", layout=layout).path
+    assert described(done.path) == described(as_max)
+    for file in done.path.glob("*.json"):
+        assert file.read_bytes() == (as_max / file.name).read_bytes()
+    if layout == "compressed-tensors":
+        dequantize = CompressedTensorsConfig(dequantize=True)
+        # It compiles its unpacking, which would need a C++ compiler.
+        with torch.compiler.set_stance("force_eager"):
+            theirs = AutoModelForCausalLM.from_pretrained(done.path, quantization_config=dequantize, dtype="auto")
+        for name, value in checkpoint.load_dense(done.path, torch.bfloat16).items():
+            assert torch.equal(theirs.state_dict()[name], value)
     for name, t in checkpoint.load(done.path).items():
         if isinstance(t, nvfp4.NVFP4Tensor):
             w = raw(source)[name].float()
