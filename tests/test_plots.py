@@ -42,6 +42,9 @@ FIGURES = {
     "sqnr_by_layer": lambda: plots.sqnr_by_layer(record("quantizers")),
     "block_sizes": lambda: plots.block_sizes(record("quantizers")),
     "scale_formats": lambda: plots.scale_formats(record("quantizers")),
+    "linear_speedup": lambda: plots.linear_speedup(record("linear", "h100-80gb-hbm3")),
+    "decode_attention": lambda: plots.decode_attention(record("attention", "h100-80gb-hbm3")),
+    "throughput": lambda: plots.throughput(record("vllm_e2e", "h200")),
     "rule_errors": lambda: plots.rule_errors(record("quantizers")),
     "rule_outputs": lambda: plots.rule_outputs(record("quantizers")),
     "rule_perplexity": lambda: plots.rule_perplexity(record("rules")),
@@ -252,3 +255,43 @@ def test_rule_perplexity_is_that_of_the_record():
     (axes,) = figure.axes
     assert widths(axes) == [row["delta"] for row in rows]
     assert {"gptq*", "imatrix*", "max"} <= set(texts(figure))
+
+
+def test_linear_speedups_are_ratios_of_the_record():
+    changed = record("linear", "h100-80gb-hbm3")
+    where = {"shape": "Qwen3-8B.o", "m": 64}
+    us = {row["impl"]: row for row in changed["rows"] if row.get("shape") == where["shape"] and row["m"] == where["m"]}
+    us["marlin"]["us"], us["humming"]["us"] = 30.0, 50.0
+    us["adallm-w4a16"]["us"], us["adallm-w4a8"]["us"], us["cublas-bf16"]["us"] = 8.0, 10.0, 44.0
+    w4, bf16, _ = plots.linear_speedup(changed).axes
+    layers = [label.get_text() for label in w4.get_yticklabels()]
+    tokens = [label.get_text() for label in bf16.get_xticklabels()]
+    assert len(layers) == 12
+    cells = [[text.get_text() for text in axes.texts] for axes in (w4, bf16)]
+    at = layers.index("Qwen3-8B.o") * len(tokens) + tokens.index("64")
+    assert (cells[0][at], cells[1][at]) == ("3.75", "5.50")
+
+
+def test_decode_attention_points_are_those_of_the_record():
+    changed = record("attention", "h100-80gb-hbm3")
+    step = {"heads": "32/8/128", "block": 16, "batch": 8, "context": 32768}
+    results.find(changed, impl="flashinfer", **step)["tb_s"] = 1.25
+    (axes,) = plots.decode_attention(changed).axes
+    lines = {line.get_label(): line for line in axes.lines}
+    x = [label.get_text() for label in axes.get_xticklabels()].index("8 x 32 K")
+    assert (x, 1.25) in {tuple(point) for point in lines["FlashInfer"].get_xydata()}
+    assert lines["FA3 FP8, Hopper only"].get_markerfacecolor() == "white"
+    with pytest.raises(ValueError, match="no row of heads '1/1/1' and block 16"):
+        plots.decode_attention(changed, heads="1/1/1")
+
+
+def test_throughput_is_that_of_the_best_of_stock():
+    changed = record("vllm_e2e", "h200")
+    base = results.find(changed, impl="bf16", metric="prefill_tok_s", batch=8)["value"]
+    results.find(changed, impl="stock-marlin-flashinfer", metric="prefill_tok_s", batch=8)["value"] = 3 * base
+    (axes,) = plots.throughput(changed).axes
+    bars = {bars.get_label(): [bar.get_height() for bar in bars] for bars in axes.containers}
+    assert bars["the best of stock NVFP4"][-1] == pytest.approx(3)
+    assert bars["BF16"] == [1] * 7
+    ours = results.find(changed, impl="adallm-w4a8", metric="prefill_tok_s", batch=8)["value"]
+    assert bars["AdaLLM W4A8"][-1] == pytest.approx(ours / base)

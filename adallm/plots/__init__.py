@@ -2,10 +2,11 @@
 
 Figure functions take a record, rows or plain arrays and return a ``matplotlib.figure.Figure``; ``show`` saves it and
 gives a notebook the very PNG that was saved. ``style`` holds what they share, ``training``, ``weights``,
-``rules`` and ``evaluation`` the figures.
+``rules``, ``kernels`` and ``evaluation`` the figures.
 """
 
 from adallm.plots.evaluation import divergence, loss_by_bits, perplexity, published
+from adallm.plots.kernels import decode_attention, linear_speedup, throughput
 from adallm.plots.rules import rule_errors, rule_outputs, rule_perplexity
 from adallm.plots.style import COLORS, HATCHES, STYLE, TITLES, save, show, source_of, table
 from adallm.plots.training import recipes, training_curve
@@ -18,8 +19,10 @@ __all__ = [
     "TITLES",
     "block",
     "block_sizes",
+    "decode_attention",
     "divergence",
     "grids",
+    "linear_speedup",
     "loss_by_bits",
     "perplexity",
     "published",
@@ -34,5 +37,6 @@ __all__ = [
     "sqnr",
     "sqnr_by_layer",
     "table",
+    "throughput",
     "training_curve",
 ]
