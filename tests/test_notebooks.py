@@ -45,7 +45,7 @@ def name(path):
 
 
 def test_there_are_notebooks():
-    assert {path.stem for path in NOTEBOOKS} >= {"01_microscaling_accuracy", "05_perplexity"}
+    assert {path.stem for path in NOTEBOOKS} >= {"01_microscaling_accuracy", "03_kernel_roofline", "05_perplexity"}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from adallm import formats, plots, published, results
+from adallm import formats, hardware, plots, published, results
 
 RESULTS = results.default_root()
 
@@ -28,6 +28,11 @@ def heights(axes):
     return [bar.get_height() for bar in axes.patches]
 
 
+def rooflines(measured, projected):
+    gpus = {name: hardware.GPUS[name] for name in ("RTX 4090", "L40S", "L4", "H100")}
+    return plots.rooflines(gpus, {"H100": measured}, projected)
+
+
 BLOCK = {"title": "a block", "source": "three weights"}
 FIGURES = {
     "perplexity": lambda: plots.perplexity(record("eval")),
@@ -42,6 +47,7 @@ FIGURES = {
     "sqnr_by_layer": lambda: plots.sqnr_by_layer(record("quantizers")),
     "block_sizes": lambda: plots.block_sizes(record("quantizers")),
     "scale_formats": lambda: plots.scale_formats(record("quantizers")),
+    "rooflines": lambda: rooflines(record("linear", "h100-80gb-hbm3"), record("sm89")),
     "linear_speedup": lambda: plots.linear_speedup(record("linear", "h100-80gb-hbm3")),
     "decode_attention": lambda: plots.decode_attention(record("attention", "h100-80gb-hbm3")),
     "throughput": lambda: plots.throughput(record("vllm_e2e", "h200")),
@@ -295,3 +301,23 @@ def test_throughput_is_that_of_the_best_of_stock():
     assert bars["BF16"] == [1] * 7
     ours = results.find(changed, impl="adallm-w4a8", metric="prefill_tok_s", batch=8)["value"]
     assert bars["AdaLLM W4A8"][-1] == pytest.approx(ours / base)
+
+
+def test_rooflines_tell_what_was_measured_from_what_is_projected():
+    measured, projected = record("linear", "h100-80gb-hbm3"), record("sm89")
+    where = {"shape": "Qwen3-8B.gate_up", "impl": "adallm-w4a8", "m": 64}
+    row = results.find(measured, **where)
+    row["tflop_s"], row["gb_s"] = 300.0, 1500.0
+    results.find(projected, gpu="RTX 4090", **(where | {"m": 1}))["projected_us"] = 100.0
+    ada, _, l4, hopper = rooflines(measured, projected).axes
+    titles = [axes.get_title("left") for axes in (ada, l4, hopper)]
+    assert titles == ["RTX 4090: projected", "L4: data sheet alone", "H100: measured"]
+    points = {line.get_label(): line for line in (*ada.lines, *hopper.lines)}
+    assert (200.0, 300.0) in {tuple(point) for point in points["W4A8, measured"].get_xydata()}
+    assert points["W4A8, projected"].get_markerfacecolor() == "none"
+    assert 2 * 24576 * 4096 / 100e6 == pytest.approx(points["W4A8, projected"].get_ydata()[0])
+    assert {"Marlin, measured", "Humming, measured", "cuBLAS BF16, measured", "cuBLAS FP8, measured"} <= points.keys()
+    # Bandwidth times operations a byte, up to the tensor rate.
+    x, y = points["FP16 tensor cores, data sheet"].get_data()
+    assert y[-1] == hardware.GPUS["H100"].fp16_tflops
+    assert y[0] == pytest.approx(x[0] * hardware.GPUS["H100"].dram_gb_s / 1e3)
