@@ -73,9 +73,7 @@ def convert(
     check_device(device)
     source = Path(src)
     groups = checkpoint.plan(source, dst, **options)
-    windows = read_windows(source, [text] if isinstance(text, str | Path) else text, tokens)
-    model = _load(source)
-    check_tokens(source, windows, model.get_input_embeddings().num_embeddings)
+    model, windows = _opened(source, text, tokens)
     given = {"device": device, "title": Path(dst).name, "progress": progress}
     convert_as = {"scale_rule": scale_rule, **options, "device": device, "progress": progress}
     if scale_rule == "imatrix":
@@ -100,12 +98,12 @@ def moments(
 ) -> dict[str, Tensor]:
     """``sum x x^T`` of what enters each layer that ``convert`` would quantize, float64 ``[K, K]`` on the CPU.
 
-    The arguments and errors are those of ``convert``. All layers of the model are in memory at a time.
+    The arguments and errors are those of ``convert``. The moments of all layers are in memory at a time.
     """
     check_device(device)
     source = Path(src)
     groups = checkpoint.plan(source, None)
-    windows = read_windows(source, text, tokens)
+    model, windows = _opened(source, text, tokens)
     found: dict[str, Tensor] = {}
 
     def visit(of_layers: Moments, _: Callable[[str], nn.Linear]) -> bool:
@@ -114,8 +112,16 @@ def moments(
         return False
 
     given = {"diagonal": False, "device": device, "title": source.name, "progress": progress}
-    walk(_load(source), windows, _first(groups), visit, **given)
+    walk(model, windows, _first(groups), visit, **given)
     return found
+
+
+def _opened(source: Path, text: Sequence[str | Path], tokens: int) -> tuple[PreTrainedModel, list[list[int]]]:
+    """The model, and text for it."""
+    windows = read_windows(source, [text] if isinstance(text, str | Path) else text, tokens)
+    model = _load(source)
+    check_tokens(source, windows, model.get_input_embeddings().num_embeddings)
+    return model, windows
 
 
 def _load(source: Path) -> PreTrainedModel:

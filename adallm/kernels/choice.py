@@ -36,8 +36,8 @@ _FILLED, _SPLIT_TO, _SPLIT_UNDER = 1.5, 3, 5
 # Output tiles that may be split, each of which has a counter.
 MAX_SPLIT_TILES = 4096
 # Tokens from which on a weight that is stored for 16-bit products is multiplied in FP8 by a library, where that is left
-# to us. On an H100 W4A16 was the faster up to 512 tokens, and the slower from 640 on, in seven of the eight layers of
-# Qwen3-8B and Qwen3-32B. Not measured on sm_89: an estimate of where expanding the weight is paid for.
+# to us. Timed once on an H100, without a record: up to 512 tokens W4A16 took 2% longer at most, from 640 on it was the
+# slower in most layers. Not timed on sm_89: an estimate of where expanding the weight is paid for.
 FP8_FROM = {"sm_90": 513, "sm_89": 384}
 # us, us and bytes a us, written and read.
 _START, _JOIN, _RATE = 2.0, 2.0, 5e6

@@ -114,7 +114,8 @@ def _sums(
     xl: gl.constexpr = gl.BlockedLayout([1, VECTOR], [32 // threads_k, threads_k], [W, 1], [1, 0])
     wl: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [W, 1], [1, 0])
     sl: gl.constexpr = gl.BlockedLayout([1, 4], [32 // (C * 4), C * 4], [W, 1], [1, 0])
-    # Outside the matrix other rows are read, each once: no load has a mask, and nothing of it is written.
+    # Outside the matrix the rows come round again: no load has a mask, all blocks do not wait for one line of L2, and
+    # nothing of it is written.
     m = (block_m * BM + gl.arange(0, BM, layout=gl.SliceLayout(1, xl))) % M
     column = gl.arange(0, C * 64, layout=gl.SliceLayout(0, xl))
     xp = x + first * (C * 64) + m.to(gl.int64)[:, None] * x_stride + column[None, :]

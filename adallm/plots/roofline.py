@@ -36,12 +36,14 @@ def rooflines(
             for i, (impl, title) in enumerate(PEERS.items() if name in measured else ()):
                 points = _measured(measured[name], shape, impl)
                 axes.plot(*points, "^v+x"[i], color=COLORS[2 + i], markersize=4, label=f"{title}, measured")
+            kind = "data sheet alone"
             for i, (impl, title) in enumerate(IMPLS.items()):
                 if name in measured:
-                    points = _measured(measured[name], shape, impl)
+                    points, kind = _measured(measured[name], shape, impl), "measured"
                     axes.plot(*points, "os"[i], color=COLORS[i], markersize=5, label=f"{title}, measured")
                 else:
                     points = _projected(projected, name, shape, impl)
+                    kind = "projected" if points[0] else kind
                     axes.plot(
                         *points,
                         "os"[i],
@@ -52,7 +54,6 @@ def rooflines(
                     )
             axes.set_xscale("log")
             axes.set_yscale("log")
-            kind = "measured" if name in measured else "projected" if points[0] else "data sheet alone"
             axes.set_title(f"{name}: {kind}")
         for axes in panels[-1]:
             axes.set_xlabel("operations a byte that must be moved")
