@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from adallm import bench, evaluate, results
-from adallm.bench import _e2e_impls, _e2e_model, _e2e_process, _e2e_worker, vllm_e2e
+from adallm.bench import _e2e_impls, _e2e_load, _e2e_model, _e2e_process, _e2e_worker, vllm_e2e
 from adallm.bench._e2e_impls import IMPLS, OURS, STOCK
 from adallm.bench._e2e_process import Process, WorkerError
 from adallm.bench._e2e_worker import Measure
@@ -47,7 +47,8 @@ class Fake:
             self.asked.append((impl, request["metric"], request["batch"]))
             if request["metric"] in self.breaks:
                 raise WorkerError("RuntimeError: out of memory")
-            return {"values": [1.0, 1.0, 99.0, 100.0, 101.0, 100.0, 100.0][: request["times"]]}
+            times = 1 if request["metric"] in _e2e_load.METRICS else request["times"]
+            return {"values": [1.0, 1.0, 99.0, 100.0, 101.0, 100.0, 100.0][:times]}
 
         return types.SimpleNamespace(ask=ask, close=lambda: self.open.remove(impl), tail=lambda: "the log")
 
@@ -86,7 +87,13 @@ def test_vllm_is_not_imported_with_it():
 
 
 def test_implementations():
-    assert len(IMPLS) == len(OURS) + len(STOCK) + 1 == 9
+    others = {"bf16", "stock-humming-bf16kv", "adallm-w4a16-bf16kv", "adallm-w4a8-bf16kv"}
+    assert IMPLS.keys() == {*OURS, *STOCK, *others}
+    assert (len(OURS), len(STOCK)) == (4, 4)
+    for name in others:
+        options = _e2e_impls.options(IMPLS[name])
+        assert not {"kv_cache_dtype", "attention_backend"} & options.keys()
+        assert ("linear_backend" in options, "additional_config" in options) == ("stock" in name, "adallm" in name)
     for name in STOCK:
         options = _e2e_impls.options(IMPLS[name])
         _, linear, attention = name.split("-")
@@ -115,7 +122,7 @@ def test_environment():
     for name, impl in IMPLS.items():
         found = _e2e_impls.environment(impl, given, Path("/caches"))
         assert found["TRITON_CACHE_DIR"] == "/caches/triton"
-        assert (found["PATH"], found.get("ADALLM_DISABLE")) == ("p", None if name in OURS else "1")
+        assert (found["PATH"], found.get("ADALLM_DISABLE")) == ("p", None if name.startswith("adallm") else "1")
         assert "ADALLM_ACTIVATIONS" not in found
 
 
@@ -142,6 +149,9 @@ def test_what_runs_must_be_what_is_claimed():
         ("adallm-auto-lm-head", ours | {"head": ["adallm W4A16"]}, None),
         ("bf16", dense, None),
         ("bf16", facts, "quantization is modelopt; it must be None"),
+        ("adallm-w4a8-bf16kv", ours | {"kv_cache": ["auto"], "attention": ["FLASH_ATTN"]}, None),
+        ("adallm-w4a8-bf16kv", ours, "kv_cache is fp8_e4m3; it must be auto"),
+        ("stock-humming-bf16kv", facts, "linear is MarlinNvFp4LinearKernel; it must be HummingNvFp4"),
     ):
         reason = _e2e_impls.mismatch(IMPLS[name].expected, found)
         assert reason is None if said is None else reason.startswith(said)
@@ -191,11 +201,14 @@ def test_every_case_is_measured_and_recorded(tmp_path, capsys):
     assert ["quantization_config" in start[2] for start in starts] == [impl.quantized for impl in IMPLS.values()]
     assert fake.environments["bf16"]["ADALLM_DISABLE"] == "1"
     rows = record(tmp_path)["rows"]
-    assert len(rows) == 9 * (5 + 6)
+    assert len(rows) == 12 * (5 + 6 + 12)
     assert [(row["metric"], row["batch"]) for row in rows[:11]] == [
         ("start_s", None), ("weights_gib", None), ("prefill_tok_s", 8), ("decode_tok_s", 1), ("decode_tok_s", 2),
         ("decode_tok_s", 4), ("decode_tok_s", 8), ("decode_tok_s", 16), ("decode_tok_s", 64), ("long_tok_s", 1),
         ("peak_gib", 8),
+    ]  # fmt: skip
+    assert [(row["metric"], row["batch"], row["prompt"], row["new"], row["repeats"]) for row in rows[11:14]] == [
+        ("ttft_p50_ms", 16, 1024, 128, 1), ("ttft_p50_ms", 64, 1024, 128, 1), ("ttft_p90_ms", 16, 1024, 128, 1),
     ]  # fmt: skip
     assert (rows[0]["value"], rows[0]["spread"], rows[0]["repeats"], rows[1]["value"]) == (12.5, None, 1, 6.25)
     assert rows[3] == {
@@ -205,7 +218,7 @@ def test_every_case_is_measured_and_recorded(tmp_path, capsys):
     }  # fmt: skip
     assert record(tmp_path)["absent"] == []
     out = capsys.readouterr().out
-    assert out.startswith("99 cases to measure on H100, 0 in the record already\nbf16: starting\nbf16 start: 12.5 s\n")
+    assert out.startswith("276 cases to measure on H100, 0 in the record already\nbf16: starting\nbf16 start: 12.5 s\n")
     assert "bf16 decode x1: 100 tok/s" in out
 
 
@@ -330,6 +343,11 @@ def test_report():
         " ".join(x.split()) for x in lines
     ]
     assert vllm_e2e.report([]) == ""
+    waits = [row("bf16", 20.5, "itl_p99_ms", 16), row("adallm-auto", 10.25, "itl_p99_ms", 16)]
+    both = vllm_e2e.report(ROWS + waits)
+    assert both.startswith(vllm_e2e.report(ROWS) + "\n\n")
+    assert both.removeprefix(vllm_e2e.report(ROWS)).split()[3:8] == ["itl", "p99", "x16", "ms", "bf16"]
+    assert "itl p99 x16 10.25 ms adallm-auto" in " ".join(both.split())
     assert vllm_e2e.report(ROWS, markdown=True).startswith("| Qwen3-8B, 36 layers ")
 
 
@@ -377,6 +395,70 @@ def test_what_is_measured(engine):
     ]  # fmt: skip
     with pytest.raises(ValueError, match="'ttft'; supported: decode_tok_s"):
         engine.values(Measure("ttft", 1, 3, 1, 1))
+
+
+class Steps:
+    """Stands for vLLM's engine: a step takes a second and gives each request a token, its first with the second."""
+
+    def __init__(self, *, short=0):
+        self.now, self.short, self.open, self.most = 0.0, short, {}, 0
+
+    def add_request(self, key, prompt, params):
+        self.open[key] = [-1, params - self.short]
+        self.most = max(self.most, len(self.open))
+
+    def step(self):
+        self.now += 1.0
+        outputs = []
+        for key, state in list(self.open.items()):
+            state[0] += 1
+            made = types.SimpleNamespace(token_ids=[7] * max(state[0], 0))
+            outputs.append(types.SimpleNamespace(request_id=key, outputs=[made], finished=state[0] >= state[1]))
+            if outputs[-1].finished:
+                del self.open[key]
+        return outputs
+
+
+def test_latency_under_load():
+    load = _e2e_load.requests("seed", 20, 50, prompt=8, new=4)
+    assert load == _e2e_load.requests("seed", 20, 50, prompt=8, new=4)
+    assert load != _e2e_load.requests("other", 20, 50, prompt=8, new=4)
+    assert {len(request.prompt) for request in load} <= set(range(2, 15))
+    assert {request.new for request in load} == set(range(2, 7))
+    engine = Steps()
+    found = _e2e_load.run(engine, load, 3, params=lambda new: new, clock=lambda: engine.now)
+    assert engine.most == 3
+    # The first token comes with the second step.
+    assert found == {"ttft": [2.0] * 20, "itl": [1.0] * sum(request.new - 1 for request in load)}
+    with pytest.raises(RuntimeError, match="a request has 1 new tokens, not 2"):
+        _e2e_load.run(Steps(short=1), [_e2e_load.Request([1], 2)], 1, params=lambda new: new, clock=float)
+    assert _e2e_load.percentile([i / 1000 for i in range(101)], 90) == pytest.approx(90)
+    assert _e2e_load.METRICS["itl_p99_ms"] == ("itl", 99)
+
+
+def test_tokens_that_come_together():
+    """Three steps: two tokens at once, then four."""
+    answers = iter([2, 2, 6])
+    clock = iter([0.0, 3.0, 4.0, 7.0])
+
+    def step():
+        count = next(answers)
+        made = types.SimpleNamespace(token_ids=[1] * count)
+        return [types.SimpleNamespace(request_id="load-0", outputs=[made], finished=count == 6)]
+
+    engine = types.SimpleNamespace(add_request=lambda *request: None, step=step)
+    found = _e2e_load.run(engine, [_e2e_load.Request([1], 6)], 1, params=int, clock=lambda: next(clock))
+    assert found == {"ttft": [3.0], "itl": [1.0] * 4}
+
+
+def test_percentiles_are_of_one_run(engine):
+    steps = Steps()
+    engine._llm.llm_engine, engine._clock, engine._loads = steps, lambda: steps.now, {}
+    engine._params = lambda new: new
+    assert engine.values(Measure("ttft_p50_ms", 2, 8, 4, 6)) == [2000.0]
+    took = steps.now
+    assert engine.values(Measure("itl_p99_ms", 2, 8, 4, 6)) == [1000.0]
+    assert steps.now == took
 
 
 def test_wrong_generations_are_found(engine):
@@ -513,6 +595,8 @@ def test_the_worker_on_a_cpu(tmp_path, monkeypatch, name, said):
         assert (LINEAR if name == "bf16" else "adallm W4A8") in started["path"]
         assert "head Unquantized" in started["path"]
         assert "CPU_ATTN" in started["path"]
+        waits = [worker.ask(vars(Measure(f"{what}_p90_ms", 2, 16, 4, 6)))["values"] for what in ("ttft", "itl")]
+        assert all(len(values) == 1 and values[0] > 0 for values in waits)
         for metric, prompt, new in (("decode_tok_s", 8, 4), ("prefill_tok_s", 16, 1), ("long_tok_s", 32, 16)):
             values = worker.ask(vars(Measure(metric, 2, prompt, new, 2)))["values"]
             assert len(values) == 2

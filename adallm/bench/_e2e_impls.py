@@ -7,7 +7,7 @@ engine and compared with ``EXPECTED``: a row is of what it says, or there is non
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,33 +19,44 @@ class Impl:
     """An implementation.
 
     Attributes:
-        quantized: whether the checkpoint is NVFP4, with an FP8 KV cache.
+        quantized: whether the checkpoint is NVFP4.
+        kv_cache: ``--kv-cache-dtype``; with ``"auto"``, the cache is BF16 and attention what vLLM takes for it.
         options: further ones of ``vllm.LLM``.
         expected: what each fact of ``_e2e_extension`` must begin with; one that is not here may be anything.
         ours: whether the plugin is on.
     """
 
     quantized: bool
+    kv_cache: str = "auto"
     options: Mapping[str, Any] = field(default_factory=dict)
     expected: Mapping[str, str] = field(default_factory=dict)
     ours: bool = False
 
 
-def _stock(linear: str, kernel: str, attention: str) -> Impl:
-    expected = {"quantization": "modelopt", "linear": kernel, "head": "Unquantized", "attention": attention}
-    return Impl(True, {"linear_backend": linear, "attention_backend": attention}, expected | {"kv_cache": "fp8"})
+def _stock(linear: str, kernel: str, attention: str | None) -> Impl:
+    expected = {"quantization": "modelopt", "linear": kernel, "head": "Unquantized"}
+    return _with(attention, Impl(True, options={"linear_backend": linear}, expected=expected))
 
 
-def _ours(activations: str, linear: str, head: str = "checkpoint") -> Impl:
+def _ours(activations: str, linear: str, head: str = "checkpoint", attention: str | None = "CUSTOM") -> Impl:
     settings = {"activations": activations, "lm_head": head}
     expected = {
         "quantization": "adallm",
         "linear": linear,
         "head": "adallm W4A16" if head == "nvfp4" else "Unquantized",
-        "attention": "CUSTOM",
-        "kv_cache": "fp8",
     }
-    return Impl(True, {"additional_config": {"adallm": settings}, "attention_backend": "CUSTOM"}, expected, ours=True)
+    options = {"additional_config": {"adallm": settings}}
+    return _with(attention, Impl(True, options=options, expected=expected, ours=True))
+
+
+def _with(attention: str | None, impl: Impl) -> Impl:
+    """With a kernel for attention over an FP8 KV cache; None for a BF16 cache and the kernel that vLLM takes."""
+    if attention is None:
+        return replace(impl, expected={**impl.expected, "kv_cache": "auto"})
+    options = {**impl.options, "attention_backend": attention}
+    return replace(
+        impl, kv_cache="fp8", options=options, expected={**impl.expected, "attention": attention, "kv_cache": "fp8"}
+    )
 
 
 IMPLS = {
@@ -54,15 +65,19 @@ IMPLS = {
     "stock-marlin-triton": _stock("marlin", "MarlinNvFp4", "TRITON_ATTN"),
     "stock-humming-flashinfer": _stock("humming", "HummingNvFp4", "FLASHINFER"),
     "stock-humming-triton": _stock("humming", "HummingNvFp4", "TRITON_ATTN"),
+    "stock-humming-bf16kv": _stock("humming", "HummingNvFp4", None),
+    "adallm-w4a16-bf16kv": _ours("bf16", "adallm W4A16", attention=None),
+    "adallm-w4a8-bf16kv": _ours("fp8", "adallm W4A8", attention=None),
     "adallm-w4a16": _ours("bf16", "adallm W4A16"),
     "adallm-w4a8": _ours("fp8", "adallm W4A8"),
     "adallm-auto": _ours("auto", "adallm W4A"),
     "adallm-auto-lm-head": _ours("auto", "adallm W4A", "nvfp4"),
 }
-OURS = tuple(name for name, impl in IMPLS.items() if impl.ours)
+# Ratios are of implementations with an FP8 KV cache.
+OURS = tuple(name for name, impl in IMPLS.items() if impl.ours and impl.kv_cache == "fp8")
 # Of those the ones that multiply by the checkpoint's own lm_head, as stock vLLM does.
 SAME_HEAD = tuple(name for name in OURS if IMPLS[name].expected["head"] == "Unquantized")
-STOCK = tuple(name for name, impl in IMPLS.items() if impl.quantized and not impl.ours)
+STOCK = tuple(name for name, impl in IMPLS.items() if not impl.ours and impl.kv_cache == "fp8")
 BF16 = "bf16"
 
 
@@ -76,7 +91,7 @@ def options(impl: Impl) -> dict[str, Any]:
         "enable_prefix_caching": False,
         "seed": 0,
     }
-    return common | ({"kv_cache_dtype": "fp8"} if impl.quantized else {}) | dict(impl.options)
+    return common | ({} if impl.kv_cache == "auto" else {"kv_cache_dtype": impl.kv_cache}) | dict(impl.options)
 
 
 def environment(impl: Impl, given: Mapping[str, str], caches: Path) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from adallm.bench import _e2e_load
 from adallm.bench._e2e_impls import BF16, IMPLS, OURS, SAME_HEAD, STOCK
 from adallm.text import table
 
@@ -16,6 +17,7 @@ METRICS = {
     "decode_tok_s": ("tok/s", True),
     "long_tok_s": ("tok/s", True),
     "peak_gib": ("GiB", False),
+    **dict.fromkeys(_e2e_load.METRICS, ("ms", False)),
 }
 
 Key = tuple[str, int, str, int | None]
@@ -49,8 +51,17 @@ def summary(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def report(rows: Iterable[Mapping[str, Any]], *, markdown: bool = False) -> str:
-    """Two tables for each model: values, a line for each implementation, and the ratios of ``summary``."""
+    """Two tables for each model: values, a line for each implementation, and the ratios of ``summary``.
+
+    Latencies, where there are any, stand in two of their own.
+    """
     rows = list(rows)
+    latencies = [row for row in rows if row["metric"] in _e2e_load.METRICS]
+    others = [row for row in rows if row["metric"] not in _e2e_load.METRICS]
+    return "\n\n".join(part for found in (others, latencies) if (part := _tables(found, markdown=markdown)))
+
+
+def _tables(rows: Sequence[Mapping[str, Any]], *, markdown: bool) -> str:
     values, ratios = _values(rows), summary(rows)
     parts = []
     for model in dict.fromkeys(key[:2] for key in values):
@@ -81,7 +92,7 @@ def report(rows: Iterable[Mapping[str, Any]], *, markdown: bool = False) -> str:
 
 def named(metric: str, batch: int | None) -> str:
     """``"decode x4"``."""
-    name = metric.removesuffix("_tok_s").removesuffix("_gib").removesuffix("_s")
+    name = metric.removesuffix("_tok_s").removesuffix("_gib").removesuffix("_ms").removesuffix("_s").replace("_", " ")
     return name if batch is None else f"{name} x{batch}"
 
 
@@ -92,7 +103,8 @@ def _unit(metric: str) -> str:
 def _cell(value: float | None, metric: str) -> str:
     if value is None:
         return "-"
-    return f"{value:.2f}" if METRICS[metric][0] == "GiB" else f"{value:.1f}" if value < 1000 else f"{value:.0f}"
+    precise = METRICS[metric][0] == "GiB" or metric.startswith("itl")
+    return f"{value:.2f}" if precise else f"{value:.1f}" if value < 1000 else f"{value:.0f}"
 
 
 def _times(value: float | None) -> str:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
 
-from adallm.bench import _e2e_impls
+from adallm.bench import _e2e_impls, _e2e_load
 
 SEED = 0
 _EXTENSION = "adallm.bench._e2e_extension.Extension"
@@ -29,10 +29,10 @@ class Measure:
     """What is generated and what is measured.
 
     Attributes:
-        metric: ``"decode_tok_s"``, ``"long_tok_s"``, ``"prefill_tok_s"`` or ``"peak_gib"``.
-        batch: prompts.
-        prompt, new: tokens of each prompt, and generated for each.
-        times: how many values.
+        metric: ``"decode_tok_s"``, ``"long_tok_s"``, ``"prefill_tok_s"``, ``"peak_gib"``, or of ``_e2e_load.METRICS``.
+        batch: prompts; of a latency, requests at a time.
+        prompt, new: tokens of each prompt, and generated for each; of a latency, on average.
+        times: how many values; of a latency, requests, of which there is one value.
     """
 
     metric: str
@@ -60,6 +60,7 @@ class Engine:
         if (reason := _e2e_impls.mismatch(job["expected"], self.facts)) is not None:
             raise RuntimeError(reason)
         self._vocabulary = self._llm.llm_engine.model_config.get_vocab_size()
+        self._loads: dict[int, dict[str, list[float]]] = {}
         self._check()
 
     def _params(self, new: int, **options: Any) -> Any:
@@ -92,6 +93,9 @@ class Engine:
 
     def values(self, what: Measure) -> list[float]:
         """As often as asked for, each time with other prompts."""
+        if what.metric in _e2e_load.METRICS:
+            kind, percent = _e2e_load.METRICS[what.metric]
+            return [_e2e_load.percentile(self._load(what)[kind], percent)]
         return [self._value(what, i) for i in range(what.times)]
 
     def _value(self, what: Measure, turn: int) -> float:
@@ -111,7 +115,19 @@ class Engine:
             self._llm.collective_rpc("adallm_bench_reset_peak")
             self._seconds(prompts, what.new)
             return self._llm.collective_rpc("adallm_bench_peak_gib")[0]
-        raise ValueError(f"metric {what.metric!r}; supported: decode_tok_s, long_tok_s, prefill_tok_s, peak_gib")
+        supported = ", ".join(("decode_tok_s", "long_tok_s", "prefill_tok_s", "peak_gib", *_e2e_load.METRICS))
+        raise ValueError(f"metric {what.metric!r}; supported: {supported}")
+
+    def _load(self, what: Measure) -> dict[str, list[float]]:
+        """Latencies of one run, which all percentiles are of; it is made when the first of them is asked for."""
+        if what.batch not in self._loads:
+            for name, count in (("warm-up", 2 * what.batch), ("load", what.times)):
+                seed = f"{SEED} {name} {what.batch}"
+                load = _e2e_load.requests(seed, count, self._vocabulary, prompt=what.prompt, new=what.new)
+                of = {"params": self._params, "clock": self._clock, "name": f"{name}-{what.batch}"}
+                found = _e2e_load.run(self._llm.llm_engine, load, what.batch, **of)
+            self._loads[what.batch] = found
+        return self._loads[what.batch]
 
 
 def serve(lines: TextIO, answers: TextIO, make: Callable[[dict[str, Any]], Any] = Engine) -> None:

@@ -12,6 +12,8 @@ fails in this has no rows, and its reason is in ``absent``.
 ``start_s``        until the engine is made, with empty caches: what it compiles is part of it
 ``weights_gib``    what vLLM counts as the model's memory
 ``peak_gib``       the most that PyTorch allocates during the call of ``prefill_tok_s``, without the KV cache
+``ttft_p50_ms``    and ``p90``, ``p99``: time to first token, with ``batch`` requests at any time (``_e2e_load``)
+``itl_p50_ms``     and so on: time between the tokens of a request, in the same run
 =================  ===================================================================================================
 
 Prompts are random tokens, never the same twice, the same for all. A value is the median of ``repeats``, ``spread``
@@ -34,7 +36,7 @@ from typing import Any
 import torch
 
 from adallm import results
-from adallm.bench import _e2e_impls, _e2e_model, _run
+from adallm.bench import _e2e_impls, _e2e_load, _e2e_model, _run
 from adallm.bench._e2e_impls import IMPLS
 from adallm.bench._e2e_process import Process, WorkerError
 from adallm.bench._e2e_record import Record
@@ -82,6 +84,11 @@ def measures(options: argparse.Namespace) -> list[Measure]:
         *(Measure("decode_tok_s", batch, 32, 128, times) for batch in sorted(options.batches)),
         Measure("long_tok_s", 1, 8192, 128, times),
         Measure("peak_gib", 8, 2048, 1, 1),
+        *(
+            Measure(metric, concurrency, _e2e_load.PROMPT, _e2e_load.NEW, requests)
+            for concurrency, requests in _e2e_load.REQUESTS.items()
+            for metric in _e2e_load.METRICS
+        ),
     )
     return [measure for measure in every if measure.metric in options.metrics]
 
