@@ -2,7 +2,7 @@
 
 Rates are the makers': boost clock, dense tensor rate with FP32 accumulation, nominal DRAM bandwidth. Sources:
 NVIDIA's Ada and Hopper architecture white papers and data sheets; limits of an SM from the CUDA C++ Programming Guide,
-"Technical Specifications per Compute Capability".
+"Technical Specifications per Compute Capability"; memory as published output of ``nvidia-smi`` has it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ class GPU:
         clock_ghz: boost clock.
         dram_gb_s: DRAM bandwidth in 10^9 bytes a second.
         l2_mb: L2 cache in MiB.
-        memory_gb: DRAM in GB.
+        memory_gb: DRAM in GB, as the card is sold; of these cards, GiB in truth.
+        memory_mib: what the driver counts of it, in MiB, as ``nvidia-smi`` shows. Of L40S and L4 a sixteenth is missing
+            that holds the ECC bits of their GDDR6; RTX 4090 and RTX 6000 Ada come with ECC off.
         fp16_tflops: dense FP16 and BF16 tensor rate with FP32 accumulation, in 10^12 operations a second.
         fp8_tflops: dense FP8 tensor rate with FP32 accumulation.
         mma_sync: share of those rates that ``mma.sync`` is taken to reach; Hopper has the whole with ``wgmma`` alone.
@@ -47,6 +49,7 @@ class GPU:
     dram_gb_s: float
     l2_mb: int
     memory_gb: int
+    memory_mib: int
     fp16_tflops: float
     fp8_tflops: float
     mma_sync: float
@@ -57,18 +60,20 @@ class GPU:
     registers_per_sm: int = 65536
 
 
-def _ada(device: str, sms: int, clock: float, dram: float, l2: int, memory: int, fp16: float, fp8: float) -> GPU:
-    return GPU(device, (8, 9), sms, clock, dram, l2, memory, fp16, fp8, 1.0, 99 * 1024, 100 * 1024, 48, 24)
+def _ada(
+    device: str, sms: int, clock: float, dram: float, l2: int, memory: int, mib: int, fp16: float, fp8: float
+) -> GPU:
+    return GPU(device, (8, 9), sms, clock, dram, l2, memory, mib, fp16, fp8, 1.0, 99 * 1024, 100 * 1024, 48, 24)
 
 
 GPUS: dict[str, GPU] = {
-    "RTX 4090": _ada("NVIDIA GeForce RTX 4090", 128, 2.52, 1008, 72, 24, 165, 330),
-    "RTX 6000 Ada": _ada("NVIDIA RTX 6000 Ada Generation", 142, 2.505, 960, 96, 48, 364, 728),
-    "L40S": _ada("NVIDIA L40S", 142, 2.52, 864, 48, 48, 362, 733),
-    "L4": _ada("NVIDIA L4", 58, 2.04, 300, 48, 24, 121, 242),
+    "RTX 4090": _ada("NVIDIA GeForce RTX 4090", 128, 2.52, 1008, 72, 24, 24564, 165, 330),
+    "RTX 6000 Ada": _ada("NVIDIA RTX 6000 Ada Generation", 142, 2.505, 960, 96, 48, 49140, 364, 728),
+    "L40S": _ada("NVIDIA L40S", 142, 2.52, 864, 48, 48, 46068, 362, 733),
+    "L4": _ada("NVIDIA L4", 58, 2.04, 300, 48, 24, 23034, 121, 242),
     # The SXM module.
     "H100": GPU(
-        "NVIDIA H100 80GB HBM3", (9, 0), 132, 1.98, 3352, 50, 80, 989, 1979, 0.6, 227 * 1024, 228 * 1024, 64, 32
+        "NVIDIA H100 80GB HBM3", (9, 0), 132, 1.98, 3352, 50, 80, 81559, 989, 1979, 0.6, 227 * 1024, 228 * 1024, 64, 32
     ),
 }
 
@@ -95,7 +100,7 @@ def blocks_per_sm(gpu: GPU, *, registers: int, shared: int, warps: int) -> int:
     return min(by_registers, by_shared, gpu.warps_per_sm // warps, gpu.blocks_per_sm)
 
 
-_CACHE_BYTES = {"bf16": 2, "fp16": 2, "fp8": 1}
+_CACHE_BITS = {"bf16": 16, "fp16": 16, "fp8": 8, "nvfp4": 4}
 
 
 def kv_cache_bytes(
@@ -109,15 +114,17 @@ def kv_cache_bytes(
     Args:
         config: a Hugging Face ``config.json``; of a multimodal model, its ``text_config`` is used.
         tokens: of the sequence.
-        dtype: ``"bf16"``, ``"fp16"`` or ``"fp8"``.
+        dtype: ``"bf16"``, ``"fp16"``, ``"fp8"`` or ``"nvfp4"``, of which each 16 values have an E4M3 scale: 4.5 bits a
+            value. No kernel here reads a cache of 4 bits.
         block_size: tokens of a block.
         token_scales: with ``"fp8"``, an FP32 scale for each token and head of keys and of values.
 
     Raises:
-        ValueError: a dtype that is not supported, or a config without the sizes.
+        ValueError: a dtype that is not supported, a config without the sizes, or a head size that 16 does not divide
+            with ``"nvfp4"``.
     """
-    if dtype not in _CACHE_BYTES or (token_scales and dtype != "fp8"):
-        raise ValueError(f"dtype is {dtype!r}; supported: {', '.join(_CACHE_BYTES)}, token_scales with 'fp8'")
+    if dtype not in _CACHE_BITS or (token_scales and dtype != "fp8"):
+        raise ValueError(f"dtype is {dtype!r}; supported: {', '.join(_CACHE_BITS)}, token_scales with 'fp8'")
     config = config.get("text_config") or config
     try:
         layers, q_heads = config["num_hidden_layers"], config["num_attention_heads"]
@@ -128,7 +135,10 @@ def kv_cache_bytes(
     blocks = -(-tokens // block_size)
     window = _windows(config, layers)
     kept = sum(blocks if w is None else min(blocks, -(-(w - 1) // block_size) + 1) for w in window)
-    of_head = head * _CACHE_BYTES[dtype] + (4 if token_scales else 0)
+    if dtype == "nvfp4" and head % 16:
+        raise ValueError(f"heads of {head} with dtype 'nvfp4'; supported: multiples of 16")
+    scales = head // 16 if dtype == "nvfp4" else 4 if token_scales else 0
+    of_head = head * _CACHE_BITS[dtype] // 8 + scales
     return 2 * kept * block_size * heads * of_head
 
 

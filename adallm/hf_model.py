@@ -30,7 +30,8 @@ from adallm.formats import BITS_PER_WEIGHT
 from adallm.linear import DenseLinear, NVFP4Linear
 from adallm.nvfp4 import NVFP4Tensor
 
-_FP8_KV_ATTENTION = "adallm_fp8_kv"
+# Kind of cache -> attention that rounds keys and values as it does.
+_KV_ATTENTION = {"fp8": "adallm_fp8_kv", "fp8-token": "adallm_fp8_kv_token"}
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Format:
         title: as printed.
         weights: a key of ``formats.BITS_PER_WEIGHT``.
         activations: ``"bf16"`` or ``"fp8"`` (E4M3, one scale for a token).
-        kv_cache: ``"bf16"`` or ``"fp8"`` (E4M3, one scale for a layer: the checkpoint's, or 1).
+        kv_cache: ``"bf16"``, ``"fp8"`` (E4M3, one scale for a layer: the checkpoint's, or 1) or ``"fp8-token"`` (E4M3,
+            a scale of amax / 448 for each token and head).
     """
 
     name: str
@@ -74,6 +76,7 @@ FORMATS = {
         Format("nvfp4", "NVFP4 W4A16", "nvfp4"),
         Format("nvfp4-w4a8", "NVFP4 W4A8", "nvfp4", activations="fp8"),
         Format("nvfp4-fp8kv", "NVFP4 W4A16, FP8 KV cache", "nvfp4", kv_cache="fp8"),
+        Format("nvfp4-fp8kv-token", "NVFP4 W4A16, FP8 KV cache by token", "nvfp4", kv_cache="fp8-token"),
         Format("mxfp4", "MXFP4 W4A16", "mxfp4"),
         Format("int4-g128", "INT4 g128 W4A16", "int4-g128"),
         Format("int4-g128-sym", "INT4 g128 symmetric W4A16", "int4-g128-sym"),
@@ -122,8 +125,8 @@ def load(directory: Path, form: Format, *, scale_rule: str = "max", device: str 
     for name, linear in list(model.named_modules()):
         if isinstance(linear, nn.Linear):
             model.set_submodule(name, _linear(name, linear, form, stored))
-    if form.kv_cache == "fp8":
-        _quantize_kv(model, stored)
+    if form.kv_cache != "bf16":
+        _quantize_kv(model, form.kv_cache, stored)
     return model.eval().to(device)
 
 
@@ -161,19 +164,27 @@ def _qdq(weight: Tensor, weights: str) -> Tensor:
     return baselines.FORMATS[weights](weight, dtype=torch.float32)
 
 
-def _quantize_kv(model: PreTrainedModel, stored: dict) -> None:
+def _quantize_kv(model: PreTrainedModel, kind: str, stored: dict) -> None:
     """Round keys and values to E4M3 where they would enter the cache, after the rotary embedding."""
     for name, module in model.named_modules():
         for side in ("k", "v"):
             scales = (f"{name}.{side}_proj.{side}_scale", f"{name}.{side}_scale")
             scale = next((stored[key] for key in scales if key in stored), None)
             setattr(module, f"_adallm_{side}_scale", 1.0 if scale is None else float(scale))
-    AttentionInterface.register(_FP8_KV_ATTENTION, _fp8_kv_attention)
-    AttentionMaskInterface.register(_FP8_KV_ATTENTION, sdpa_mask)
-    model.set_attn_implementation(_FP8_KV_ATTENTION)
+    name = _KV_ATTENTION[kind]
+    AttentionInterface.register(name, _fp8_kv_attention if kind == "fp8" else _fp8_kv_token_attention)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    model.set_attn_implementation(name)
 
 
 def _fp8_kv_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs):
     key = (fp8.to_e4m3(key.float() / module._adallm_k_scale).float() * module._adallm_k_scale).to(key.dtype)
     value = (fp8.to_e4m3(value.float() / module._adallm_v_scale).float() * module._adallm_v_scale).to(value.dtype)
     return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+
+def _fp8_kv_token_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs
+):
+    # [B, Hkv, tokens, D]: a scale for each vector along D.
+    return sdpa_attention_forward(module, query, fp8.qdq(key), fp8.qdq(value), mask, **kwargs)

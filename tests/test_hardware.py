@@ -25,6 +25,8 @@ def test_units(name):
     assert 1 < gpu.clock_ghz < 3
     assert 100 < gpu.dram_gb_s < 10_000
     assert 16 <= gpu.memory_gb <= 200
+    # A sixteenth goes to ECC where it is on, and little to the driver.
+    assert 15 / 16 * 1024 * gpu.memory_gb * 0.995 < gpu.memory_mib < 1024 * gpu.memory_gb
     assert 32 <= gpu.l2_mb <= 128
     assert 0 < gpu.mma_sync <= 1
     assert gpu.shared_per_sm - gpu.shared_per_block == 1024
@@ -67,11 +69,12 @@ GEMMA3_27B = {"num_hidden_layers": 62, "num_attention_heads": 32, "num_key_value
 GEMMA3_27B |= {"sliding_window": 1024, "sliding_window_pattern": 6}
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp8", "nvfp4"])
 @pytest.mark.parametrize("tokens", [1, 16, 1000, 8192])
 @pytest.mark.parametrize("config", [QWEN3_8B, LLAMA_8B, GEMMA3_27B, {"text_config": GEMMA3_27B}], ids=str)
 def test_bytes_of_a_cache_are_those_of_its_tensors(config, tokens, dtype):
-    size = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}[dtype]
+    # Four bits: two values a byte.
+    size, per = {"bf16": (torch.bfloat16, 1), "fp8": (torch.float8_e4m3fn, 1), "nvfp4": (torch.uint8, 2)}[dtype]
     text = config.get("text_config", config)
     head = text.get("head_dim", 128)
     allocated = scales = 0
@@ -79,8 +82,10 @@ def test_bytes_of_a_cache_are_those_of_its_tensors(config, tokens, dtype):
         slides = text.get("sliding_window") and (layer + 1) % 6
         # Of 1024 tokens in a row, the first and the last block may each be there in part.
         blocks = min(-(-tokens // 16), 65) if slides else -(-tokens // 16)
-        cache = torch.empty(2, blocks, 16, text["num_key_value_heads"], head, dtype=size, device="meta")
+        cache = torch.empty(2, blocks, 16, text["num_key_value_heads"], head // per, dtype=size, device="meta")
         allocated += cache.nbytes
+        if dtype == "nvfp4":
+            allocated += cache.numel() * per // 16
         scales += cache[..., 0].numel() * 4
     assert hardware.kv_cache_bytes(config, tokens, dtype) == allocated
     if dtype == "fp8":
@@ -97,9 +102,11 @@ def test_bytes_of_a_token():
 
 
 def test_a_cache_of_no_known_size():
-    with pytest.raises(ValueError, match=r"dtype is 'int4'; supported: bf16, fp16, fp8"):
+    with pytest.raises(ValueError, match=r"dtype is 'int4'; supported: bf16, fp16, fp8, nvfp4"):
         hardware.kv_cache_bytes(QWEN3_8B, 1, "int4")
     with pytest.raises(ValueError, match="token_scales with 'fp8'"):
         hardware.kv_cache_bytes(QWEN3_8B, 1, "bf16", token_scales=True)
+    with pytest.raises(ValueError, match="heads of 40 with dtype 'nvfp4'; supported: multiples of 16"):
+        hardware.kv_cache_bytes({**LLAMA_8B, "head_dim": 40}, 1, "nvfp4")
     with pytest.raises(ValueError, match="the config has no 'num_attention_heads'"):
         hardware.kv_cache_bytes({"num_hidden_layers": 1}, 1, "bf16")

@@ -103,7 +103,7 @@ def test_a_stored_model_that_hf_quant_config_alone_declares(directory, ids, tmp_
 
 def test_activations_and_kv_cache_change_the_result_a_little(directory, ids):
     base = logits(hf_model.load(directory, FORMATS["nvfp4"]), ids)
-    for name in ("nvfp4-w4a8", "nvfp4-fp8kv"):
+    for name in ("nvfp4-w4a8", "nvfp4-fp8kv", "nvfp4-fp8kv-token"):
         changed = logits(hf_model.load(directory, FORMATS[name]), ids)
         assert 0 < (changed - base).norm() < 0.2 * base.norm()
 
@@ -116,6 +116,22 @@ def test_the_fp8_cache_rounds_keys_and_values_and_nothing_else():
     q, k, v = (torch.randn(1, 2, 8, 16, generator=g) for _ in range(3))
     out, _ = hf_model._fp8_kv_attention(module, q, k, v, None, scaling=0.25)
     rounded = [fp8.to_e4m3(k / 0.5).float() * 0.5, fp8.to_e4m3(v).float()]
+    expected = torch.nn.functional.scaled_dot_product_attention(q, *rounded, is_causal=True, scale=0.25)
+    assert torch.allclose(out, expected.transpose(1, 2), atol=1e-6)
+
+
+def test_the_fp8_cache_by_token_has_a_scale_for_each_token_and_head():
+    g = torch.Generator().manual_seed(2)
+    q, k, v = (torch.randn(1, 2, 8, 16, generator=g) for _ in range(3))
+    k[0, 1, 3] *= 1e4  # beyond 448: a scale for a layer would take the others down
+    v[0, 0, 5] *= 1e-4
+    module = torch.nn.Module()
+    module.is_causal = True
+    out, _ = hf_model._fp8_kv_token_attention(module, q, k, v, None, scaling=0.25)
+    rounded = []
+    for x in (k, v):
+        scale = x.abs().amax(-1, keepdim=True) / 448
+        rounded.append(fp8.to_e4m3(x / scale).float() * scale)
     expected = torch.nn.functional.scaled_dot_product_attention(q, *rounded, is_causal=True, scale=0.25)
     assert torch.allclose(out, expected.transpose(1, 2), atol=1e-6)
 

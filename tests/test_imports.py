@@ -16,7 +16,7 @@ PACKAGE = Path(adallm.__file__).parent
 # A module may import its own layer and those before it. A name that no file has yet is no error; a file that no layer
 # has is one.
 LAYERS = (
-    {"formats", "results", "hardware", "published", "text"},
+    {"formats", "results", "hardware", "models", "memory", "calculator", "published", "text"},
     {"rows", "tiny"},
     {"nvfp4", "fp8", "baselines", "quantizers", "gptq", "paged"},
     {"kernels"},

@@ -1,6 +1,7 @@
 """The notebooks: clean files with their outputs kept, short cells, and the same findings from a fresh kernel."""
 
 import ast
+import json
 import os
 import platform
 import re
@@ -37,7 +38,9 @@ def code_cells(path):
 def texts(output):
     """Everything in an output that can be read, images left out."""
     yield output.get("text", "")
-    yield from (value for kind, value in output.get("data", {}).items() if not kind.startswith("image/"))
+    for kind, value in output.get("data", {}).items():
+        if not kind.startswith("image/"):
+            yield value if isinstance(value, str) else json.dumps(value)
 
 
 def name(path):
@@ -45,7 +48,8 @@ def name(path):
 
 
 def test_there_are_notebooks():
-    assert {path.stem for path in NOTEBOOKS} >= {"01_microscaling_accuracy", "03_kernel_roofline", "05_perplexity"}
+    wanted = {"01_microscaling_accuracy", "02_kv_cache_memory", "03_kernel_roofline", "05_perplexity"}
+    assert {path.stem for path in NOTEBOOKS} >= wanted
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
@@ -213,3 +217,19 @@ def test_a_changed_record_changes_what_the_notebook_finds(elsewhere):
     assert "laplace: NVFP4 has 33.3 dB" in found
     svg = (elsewhere / "results" / "figures" / "sqnr_by_format.svg").read_bytes()
     assert svg != (ROOT / "results" / "figures" / "sqnr_by_format.svg").read_bytes()
+
+
+def test_a_changed_cache_record_changes_the_second_notebook(elsewhere):
+    record = results.read(elsewhere / "results" / "kv_cache" / "cpu.json")
+    results.find(record, part="magnitude", cache="fp8-one", log2_std=0)["rel_err"] = 0.4321
+    results.find(record, part="perplexity", cache="fp8-token")["bits_per_byte"] = 0.1234
+    results.write("kv_cache", record["rows"], provenance=record["provenance"], root=elsewhere / "results")
+    notebook = read(elsewhere / "notebooks" / "02_kv_cache_memory.ipynb")
+    wanted = ("versions", "magnitude-figure", "magnitude-finding", "loss-finding")
+    notebook.cells = [cell for cell in notebook.cells if cell.id in wanted]
+    execute(notebook, elsewhere)
+    found = findings(notebook)
+    assert "FP8, scale 1 0.4321" in found["magnitude-finding"][0]
+    assert "0.1234" in found["loss-finding"][0]
+    svg = (elsewhere / "results" / "figures" / "kv_magnitudes.svg").read_bytes()
+    assert svg != (ROOT / "results" / "figures" / "kv_magnitudes.svg").read_bytes()

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from adallm import formats, hardware, plots, published, results
+from adallm import formats, hardware, memory, plots, published, results
 
 RESULTS = results.default_root()
 
@@ -51,6 +51,10 @@ FIGURES = {
     "linear_speedup": lambda: plots.linear_speedup(record("linear", "h100-80gb-hbm3")),
     "decode_attention": lambda: plots.decode_attention(record("attention", "h100-80gb-hbm3")),
     "throughput": lambda: plots.throughput(record("vllm_e2e", "h200")),
+    "kv_bytes": lambda: plots.kv_bytes(memory.per_token(), memory.by_context((256, 1024, 8192))),
+    "kv_fits": lambda: plots.kv_fits(list(memory.fits(("RTX 4090", "L40S", "L4"), tokens=8192))),
+    "kv_magnitudes": lambda: plots.kv_magnitudes(record("kv_cache")),
+    "kv_model": lambda: plots.kv_model(record("kv_cache")),
     "rule_errors": lambda: plots.rule_errors(record("quantizers")),
     "rule_outputs": lambda: plots.rule_outputs(record("quantizers")),
     "rule_perplexity": lambda: plots.rule_perplexity(record("rules")),
@@ -59,6 +63,8 @@ SOURCE = {
     "published": "published, not measured here: RaZeR, arXiv 2501.04052",
     "grids": "computed from the definitions",
     "block": "three weights",
+    "kv_bytes": "computed from config.json and data sheets, measured on no card",
+    "kv_fits": "computed from config.json and data sheets, measured on no card",
 }
 
 

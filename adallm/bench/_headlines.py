@@ -91,6 +91,11 @@ def _divergence(rows: Rows) -> str:
     return f"nats a token from BF16: {', '.join(parts)}"
 
 
+def _kv_cache(rows: Rows) -> str:
+    of = {row["title"]: row["delta"] for row in rows if row["part"] == "perplexity" and row["cache"] != "bf16"}
+    return f"bits per byte above a BF16 cache: {'; '.join(f'{title} {delta:+.4f}' for title, delta in of.items())}"
+
+
 def _sm89(rows: Rows) -> str:
     builds = [row for row in rows if row.get("spills") is not None]
     spilling = sum(row["spills"] > 0 for row in builds)
@@ -118,6 +123,7 @@ _HEADLINES: dict[str, Callable[[Rows], str]] = {
     "convert": _convert,
     "divergence": _divergence,
     "eval": _eval,
+    "kv_cache": _kv_cache,
     "linear": _linear,
     "quantize_speed": _quantize_speed,
     "quantizers": _quantizers,

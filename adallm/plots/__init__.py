@@ -2,11 +2,12 @@
 
 Figure functions take a record, rows or plain arrays and return a ``matplotlib.figure.Figure``; ``show`` saves it and
 gives a notebook the very PNG that was saved. ``style`` holds what they share, ``training``, ``weights``,
-``rules``, ``kernels``, ``roofline`` and ``evaluation`` the figures.
+``rules``, ``kernels``, ``roofline``, ``kv_cache`` and ``evaluation`` the figures.
 """
 
 from adallm.plots.evaluation import divergence, loss_by_bits, perplexity, published
 from adallm.plots.kernels import decode_attention, linear_speedup, throughput
+from adallm.plots.kv_cache import kv_bytes, kv_fits, kv_magnitudes, kv_model
 from adallm.plots.roofline import rooflines
 from adallm.plots.rules import rule_errors, rule_outputs, rule_perplexity
 from adallm.plots.style import COLORS, HATCHES, STYLE, TITLES, save, show, source_of, table
@@ -23,6 +24,10 @@ __all__ = [
     "decode_attention",
     "divergence",
     "grids",
+    "kv_bytes",
+    "kv_fits",
+    "kv_magnitudes",
+    "kv_model",
     "linear_speedup",
     "loss_by_bits",
     "perplexity",
