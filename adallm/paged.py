@@ -226,6 +226,6 @@ def _check_scales(k_cache: Tensor, *scales: Scale) -> None:
 
 
 def _same_device(*arguments: Scale | Tensor | None) -> None:
-    devices = {str(argument.device) for argument in arguments if isinstance(argument, Tensor)}
+    devices = {argument.device for argument in arguments if isinstance(argument, Tensor)}
     if len(devices) > 1:
-        raise ValueError(f"the tensors are on {' and '.join(sorted(devices))}; they must be on one device")
+        raise ValueError(f"the tensors are on {' and '.join(sorted(map(str, devices)))}; they must be on one device")

@@ -163,7 +163,6 @@ def rows(kind: str, gpu: GPU) -> tuple[Row, ...]:
     return TABLES[gpu.family][kind]
 
 
-@functools.lru_cache(maxsize=1 << 14)
 def choose(m: int, n: int, k: int, kind: str, gpu: GPU) -> Config | None:
     """The configuration for ``[M, K]`` tokens and a weight ``[N, K]``, or None for the library.
 
@@ -173,10 +172,16 @@ def choose(m: int, n: int, k: int, kind: str, gpu: GPU) -> Config | None:
     for row in tuned(gpu.slug).get((kind, n, k), ()):
         if m <= row.m:
             return row.configs[0] if row.configs else None
-    for row in rows(kind, gpu):
+    for index, row in enumerate(rows(kind, gpu)):
         if m <= row.m:
-            return pick(row, m, n, k, gpu.sms, fp8=kind == "fp8")
+            # Rounded up within a tile: numbers of tokens that never came before are what prompts have.
+            return _picked(index, -(-m // 8) * 8 if m <= 512 else -(-m // 64) * 64, n, k, kind, gpu)
     raise AssertionError(f"the table of {gpu.family} ends before M = {m}")
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _picked(index: int, m: int, n: int, k: int, kind: str, gpu: GPU) -> Config | None:
+    return pick(rows(kind, gpu)[index], m, n, k, gpu.sms, fp8=kind == "fp8")
 
 
 def pick(row: Row, m: int, n: int, k: int, sms: int, *, fp8: bool = False) -> Config | None:
@@ -295,4 +300,3 @@ def write_tuned(slug: str, table: dict[tuple[str, int, int], tuple[Row, ...]]) -
 def reload() -> None:
     """Look at the user's tables again: one was written or deleted."""
     tuned.cache_clear()
-    choose.cache_clear()

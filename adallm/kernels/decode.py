@@ -29,6 +29,8 @@ from adallm.kernels.decode_choice import Config, most_sequences, rows
 from adallm.kernels.decode_join import LOG2E, TEAM, join, out_scale
 from adallm.kernels.dequant import to_e4m3, token_scale
 from adallm.kernels.keys import fix_keys
+from adallm.kernels.sizes import next_power_of_2
+from adallm.kernels.start import start
 from adallm.kernels.write_kv import write_head
 from adallm.paged import Scale, Shape, kind_of
 
@@ -422,39 +424,43 @@ def launch(
     """
     if not shape.batch:
         return
-    m, columns = rows(shape), triton.next_power_of_2(shape.head_size)
-    joined = min(triton.next_power_of_2(shape.queries * (shape.q_heads // shape.kv_heads)), m)
+    m, columns = rows(shape), next_power_of_2(shape.head_size)
+    joined = min(next_power_of_2(shape.queries * (shape.q_heads // shape.kv_heads)), m)
     pair = 2 if k_cache.itemsize == 1 else 1
     key_pair = 1 if fp8_queries else pair
-    paged_decode_kernel[(programs,)](
-        q,
-        k,
-        v,
-        slot_mapping,
-        k_cache,
-        v_cache,
-        block_table,
-        seq_lens,
-        k_scale,
-        v_scale,
-        sinks,
-        alibi_slopes,
-        out,
-        partial,
-        arrivals,
-        shape.batch,
-        config.parts,
-        shape.kv_heads,
-        *(stride // key_pair for stride in q.stride()[:3]),
-        *((0, 0, 0) if k is None else k.stride()[:3]),
-        *((0, 0, 0) if v is None else v.stride()[:3]),
-        *(stride // key_pair for stride in k_cache.stride()[:3]),
-        *(stride // pair for stride in v_cache.stride()[:3]),
-        block_table.stride(0),
-        *out.stride()[:3],
-        scale,
-        float(soft_cap),
-        window or 0,
+    start(
+        paged_decode_kernel,
+        (programs,),
+        (
+            q,
+            k,
+            v,
+            slot_mapping,
+            k_cache,
+            v_cache,
+            block_table,
+            seq_lens,
+            k_scale,
+            v_scale,
+            sinks,
+            alibi_slopes,
+            out,
+            partial,
+            arrivals,
+            shape.batch,
+            config.parts,
+            shape.kv_heads,
+            *(stride // key_pair for stride in q.stride()[:3]),
+            *((0, 0, 0) if k is None else k.stride()[:3]),
+            *((0, 0, 0) if v is None else v.stride()[:3]),
+            *(stride // key_pair for stride in k_cache.stride()[:3]),
+            *(stride // pair for stride in v_cache.stride()[:3]),
+            block_table.stride(0),
+            *out.stride()[:3],
+            scale,
+            float(soft_cap),
+            window or 0,
+        ),
         T=shape.queries,
         G=shape.q_heads // shape.kv_heads,
         M=m,

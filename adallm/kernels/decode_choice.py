@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
-import triton
-
 from adallm.kernels.choice import GPU
+from adallm.kernels.sizes import cdiv, next_power_of_2
 from adallm.paged import Shape
 
 
@@ -99,14 +98,14 @@ def most_sequences(batch: int) -> int:
 
 def tiles(shape: Shape) -> int:
     """Tiles of a sequence."""
-    return shape.kv_heads * triton.cdiv(_rows(shape), rows(shape))
+    return shape.kv_heads * cdiv(_rows(shape), rows(shape))
 
 
 def workspace_floats(shape: Shape, programs: int) -> int:
     """FP32 numbers that ``programs`` blocks leave: each a part of a tile that it ends, one of a tile that it does not,
     and parts of others, joined.
     """
-    return 3 * programs * rows(shape) * (triton.next_power_of_2(shape.head_size) + 3)
+    return 3 * programs * rows(shape) * (next_power_of_2(shape.head_size) + 3)
 
 
 def _rows(shape: Shape) -> int:

@@ -15,6 +15,8 @@ from torch import Tensor
 from adallm.kernels.dequant import VALUE_POWER, fours, operand, to_dtype, to_e4m3, values
 from adallm.kernels.keys import fix_keys
 from adallm.kernels.layout import Packed, padded
+from adallm.kernels.sizes import cdiv
+from adallm.kernels.start import start
 
 KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float8_e4m3fn: "fp8"}
 _R, _C, _WARPS = 4, 2, 4
@@ -79,10 +81,10 @@ def expand(
         of_16: float8_e4m3fn of words for 16-bit products; else of words for FP8 products, k a multiple of 64.
     """
     out = torch.empty(n, k, dtype=dtype, device=words.device)
-    grid = (triton.cdiv(words.shape[0], _R), triton.cdiv(words.shape[1], _C))
+    grid = (cdiv(words.shape[0], _R), cdiv(words.shape[1], _C))
     kind, fast = KINDS[dtype], words.device.type != "cpu"
     kind += " of 16" * (of_16 and kind == "fp8")
-    nvfp4_expand[grid](words, scales, shift, out, n, k, R=_R, C=_C, KIND=kind, FAST=fast, num_warps=_WARPS)
+    start(nvfp4_expand, grid, (words, scales, shift, out, n, k), R=_R, C=_C, KIND=kind, FAST=fast, num_warps=_WARPS)
     return out
 
 

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from adallm.kernels.dequant import to_dtype
 from adallm.kernels.keys import fix_keys
+from adallm.kernels.sizes import cdiv, next_power_of_2
+from adallm.kernels.start import start
 from adallm.paged import Scale, kind_of
 
 _TOKENS = 32  # of a block
@@ -78,23 +80,27 @@ def launch(
     sequences, (heads, d) = starts.shape[0] - 1, k.shape[1:]
     if not longest or not sequences:
         return
-    gather_kv_kernel[(triton.cdiv(longest, _TOKENS), sequences, heads)](
-        k_cache,
-        v_cache,
-        block_table,
-        starts,
-        k,
-        v,
-        k_scale,
-        v_scale,
-        heads,
-        *k_cache.stride()[:3],
-        *v_cache.stride()[:3],
-        block_table.stride(0),
+    start(
+        gather_kv_kernel,
+        (cdiv(longest, _TOKENS), sequences, heads),
+        (
+            k_cache,
+            v_cache,
+            block_table,
+            starts,
+            k,
+            v,
+            k_scale,
+            v_scale,
+            heads,
+            *k_cache.stride()[:3],
+            *v_cache.stride()[:3],
+            block_table.stride(0),
+        ),
         BLOCK=k_cache.shape[1],
         TOKENS=_TOKENS,
         D=d,
-        DP=triton.next_power_of_2(d),
+        DP=next_power_of_2(d),
         SCALES=kind_of(k_scale) if k_cache.itemsize == 1 else "none",
         FAST=k.device.type != "cpu",
         num_warps=4,

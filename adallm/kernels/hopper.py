@@ -24,6 +24,7 @@ from adallm.kernels import dequant, matmul
 from adallm.kernels.hopper_weights import weights
 from adallm.kernels.keys import fix_keys
 from adallm.kernels.matmul import Config, arguments, blocks, constants, promote, shares
+from adallm.kernels.start import start
 
 _ASM_PACK = gl.constexpr(matmul._ASM_PACK.value)
 _ASM_UNPACK = gl.constexpr(matmul._ASM_UNPACK.value)
@@ -351,8 +352,10 @@ def launch(
         raise ValueError(
             f"K is {k}; {config} takes a multiple of {config.step}, and has {programs} programs for {tiles} tiles"
         )
-    nvfp4_matmul_hopper[(programs,)](
-        *arguments(x, words, scales, row_scale, out, config, x_scale, bias, arrivals),
+    start(
+        nvfp4_matmul_hopper,
+        (programs,),
+        (*arguments(x, words, scales, row_scale, out, config, x_scale, bias, arrivals),),
         **constants(config, x, out),
         STAGES=config.stages,
         PROMOTE=promote(config, k) if x_scale is not None else 0,

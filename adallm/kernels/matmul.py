@@ -23,6 +23,8 @@ from adallm.kernels.dequant import VALUE_POWER, check_registers, operand, to_dty
 from adallm.kernels.expand import KINDS
 from adallm.kernels.keys import fix_keys
 from adallm.kernels.layout import TILE_K, TILE_N
+from adallm.kernels.sizes import cdiv
+from adallm.kernels.start import start
 
 
 @dataclass(frozen=True)
@@ -241,7 +243,7 @@ _CHECKED: set[str] = set()
 
 def blocks(config: Config, m: int, n: int) -> int:
     """Output tiles, each with a counter of its own where blocks share them."""
-    return triton.cdiv(triton.cdiv(n, TILE_N), config.n // TILE_N) * triton.cdiv(m, config.m)
+    return cdiv(cdiv(n, TILE_N), config.n // TILE_N) * cdiv(m, config.m)
 
 
 def shares(config: Config, m: int, n: int) -> int:
@@ -261,7 +263,7 @@ def workspace(config: Config, m: int, n: int, *, fp8: bool) -> int:
 def promote(config: Config, k: int) -> int:
     """Steps after which FP8 sums leave the tensor core, or 0 where K is too short for that."""
     splits = 1 if config.programs else config.splits
-    columns = triton.cdiv(triton.cdiv(k, config.step), splits) * config.step
+    columns = cdiv(cdiv(k, config.step), splits) * config.step
     return PROMOTE_COLUMNS // (config.slices * config.k) if columns > PROMOTE_COLUMNS else 0
 
 
@@ -317,8 +319,10 @@ def launch(
     """
     k = x.shape[1]
     fast = x.device.type != "cpu"
-    kernel = nvfp4_matmul[(blocks(config, *out.shape), config.splits)](
-        *arguments(x, words, scales, row_scale, out, config, x_scale, bias, arrivals),
+    kernel = start(
+        nvfp4_matmul,
+        (blocks(config, *out.shape), config.splits),
+        (*arguments(x, words, scales, row_scale, out, config, x_scale, bias, arrivals),),
         **constants(config, x, out),
         SLICES=config.slices,
         PROMOTE=promote(config, k) if fast and x_scale is not None else 0,

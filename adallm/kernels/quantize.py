@@ -18,6 +18,8 @@ from adallm.kernels import choice
 from adallm.kernels.dequant import fp8_order, to_e4m3, token_scale
 from adallm.kernels.keys import fix_keys
 from adallm.kernels.layout import padded
+from adallm.kernels.sizes import cdiv, next_power_of_2
+from adallm.kernels.start import start
 
 # Longest row that a block keeps in registers, and longest piece of a longer one, which it reads again for each pass:
 # registers for a whole one would leave a multiprocessor room for one block.
@@ -71,6 +73,7 @@ def fp8_tokens(
     PIECES: tl.constexpr,
     INPUT: tl.constexpr,
     ORDERED: tl.constexpr,
+    TIMES: tl.constexpr,
     FAST: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -92,7 +95,7 @@ def fp8_tokens(
     for piece in range(1, PIECES):
         amax = tl.maximum(amax, tl.abs(_input(x, weight, piece * BLOCK + k, K, rstd, INPUT)))
     s = token_scale(tl.max(amax))
-    tl.store(scale + row, s)
+    tl.store(scale + row, s * TIMES)
     _write(y, s, data, k, data_stride, BLOCK, ORDERED, FAST)
     for piece in range(1, PIECES):
         y = _input(x, weight, piece * BLOCK + k, K, rstd, INPUT)
@@ -106,6 +109,7 @@ def quantize_tokens(
     eps: float = 1e-6,
     gated: bool = False,
     ordered: bool = False,
+    times: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """E4M3 data ``[M, K64]`` and float32 scales ``[M]`` of ``x`` ``[M, K]``, of its RMSNorm, or of ``silu(a) * b``; K64
     is K rounded up to a multiple of 64.
@@ -115,6 +119,7 @@ def quantize_tokens(
         weight: ``[K]`` of the RMSNorm, with ``eps``.
         gated: SiLU of the first half times the second.
         ordered: write the columns in their own order, without padding, as the reference does.
+        times: what the scales are multiplied by when they are written, a power of two.
 
     Raises:
         ValueError: a shape, dtype or device that does not fit.
@@ -137,21 +142,26 @@ def quantize_tokens(
     scale = torch.empty(m, dtype=torch.float32, device=x.device)
     if not m:
         return data, scale
-    columns = max(triton.next_power_of_2(k), 64)
+    columns = max(next_power_of_2(k), 64)
     block = columns if k <= _ONE_PIECE else min(columns // 4, _PIECE)
-    fp8_tokens[(m,)](
-        x,
-        weight,
-        data,
-        scale,
-        k,
-        x.stride(0),
-        data.shape[1],
-        eps,
+    start(
+        fp8_tokens,
+        (m,),
+        (
+            x,
+            weight,
+            data,
+            scale,
+            k,
+            x.stride(0),
+            data.shape[1],
+            eps,
+        ),
         BLOCK=block,
-        PIECES=triton.cdiv(k, block),
+        PIECES=cdiv(k, block),
         INPUT="silu_and_mul" if gated else "none" if weight is None else "rms_norm",
         ORDERED=ordered,
+        TIMES=times,
         FAST=x.device.type != "cpu",
         EARLY=x.is_cuda and choice.gpu(x.device.index).family == "sm_90",
         num_warps=max(block // 512, 1) if k <= block else min(block // 256, 16),

@@ -9,6 +9,8 @@ from torch import Tensor
 from adallm.formats import E4M3_MAX
 from adallm.kernels.dequant import to_e4m3, token_scale
 from adallm.kernels.keys import fix_keys
+from adallm.kernels.sizes import next_power_of_2
+from adallm.kernels.start import start
 from adallm.paged import Scale, kind_of
 
 _MAX = tl.constexpr(E4M3_MAX)
@@ -145,20 +147,24 @@ def launch(
     tokens, heads, d = k.shape
     if not tokens:
         return
-    rows, columns = triton.next_power_of_2(heads), triton.next_power_of_2(d)
-    write_kv_kernel[(tokens,)](
-        k,
-        v,
-        k_cache,
-        v_cache,
-        slot_mapping,
-        k_scale,
-        v_scale,
-        heads,
-        *k.stride()[:2],
-        *v.stride()[:2],
-        *k_cache.stride()[:3],
-        *v_cache.stride()[:3],
+    rows, columns = next_power_of_2(heads), next_power_of_2(d)
+    start(
+        write_kv_kernel,
+        (tokens,),
+        (
+            k,
+            v,
+            k_cache,
+            v_cache,
+            slot_mapping,
+            k_scale,
+            v_scale,
+            heads,
+            *k.stride()[:2],
+            *v.stride()[:2],
+            *k_cache.stride()[:3],
+            *v_cache.stride()[:3],
+        ),
         BLOCK=k_cache.shape[1],
         HP=rows,
         D=d,

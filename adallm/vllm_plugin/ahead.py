@@ -195,6 +195,7 @@ def launches(job: Job) -> Iterator[Launch]:
 
 def _of_linear(job: Job, size: Linear) -> Iterator[Launch]:
     from adallm.kernels import ops
+    from adallm.kernels.dequant import VALUE_POWER
     from adallm.kernels.expand import KINDS, expand
     from adallm.kernels.layout import padded
     from adallm.kernels.quantize import quantize_tokens
@@ -211,7 +212,8 @@ def _of_linear(job: Job, size: Linear) -> Iterator[Launch]:
             continue
         seen.add((auto, config))
         if fp8 or auto:
-            yield quantize_tokens, {"x": build.meta(16, size.k, dtype=dtype), "ordered": auto}
+            times = VALUE_POWER.value if auto else 1.0
+            yield quantize_tokens, {"x": build.meta(16, size.k, dtype=dtype), "ordered": auto, "times": times}
         if config is None:
             of_weight = torch.float8_e4m3fn if auto else of_tokens
             yield expand, build.expanded(size.n, k, of_weight, of_16=auto)

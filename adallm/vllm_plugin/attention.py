@@ -191,17 +191,18 @@ class Impl(TritonAttentionImpl):
         step = attn_metadata
         if step is None or not self._ours:
             if step is not None:
-                self._write(layer, key, value, kv_cache, step, 0)
+                self._write(layer, key, value, self._caches(kv_cache), step, 0)
             return super().forward(layer, query, key, value, kv_cache, step, output, output_scale, output_block_scale)
+        caches = self._caches(kv_cache)
         tokens = step.decodes * step.queries
         new = {}
         if self._writes and step.decodes <= WRITES_UP_TO:
             shape = (step.decodes, step.queries, self.num_kv_heads, self.head_size)
             new = {"k": key[:tokens].view(shape), "v": value[:tokens].view(shape)}
             new["slot_mapping"] = step.slot_mapping[:tokens]
-        self._write(layer, key, value, kv_cache, step, tokens if new else 0)
+        self._write(layer, key, value, caches, step, tokens if new else 0)
         if step.decodes:
-            self._decode(layer, query, kv_cache, step, output, new)
+            self._decode(layer, query, caches, step, output, new)
         others = step.prompts
         if self._flash is not None:
             others = None if step.continued is None else step.continued.step
@@ -211,22 +212,24 @@ class Impl(TritonAttentionImpl):
             first = step.decodes * step.queries
             of = slice(first, first + others.num_actual_tokens)
             q, out = query[of], output[of]
-            if self._flash is None or not self._flash.go_on(
-                q, self._caches(kv_cache), out, step.continued, self._scales(layer)
-            ):
+            if self._flash is None or not self._flash.go_on(q, caches, out, step.continued, self._scales(layer)):
                 super().forward(layer, q, key[of], value[of], kv_cache, others, out)
         return output
 
     def _decode(
-        self, layer: Any, query: Tensor, kv_cache: Tensor, step: Metadata, output: Tensor, new: dict[str, Tensor]
+        self,
+        layer: Any,
+        query: Tensor,
+        caches: tuple[Tensor, Tensor],
+        step: Metadata,
+        output: Tensor,
+        new: dict[str, Tensor],
     ) -> None:
         tokens = step.decodes * step.queries
-        k_cache, v_cache = self._caches(kv_cache)
         shape = (step.decodes, step.queries, self.num_heads, self.head_size)
         paged_decode(
             query[:tokens].view(shape),
-            k_cache,
-            v_cache,
+            *caches,
             step.block_table[: step.decodes],
             step.seq_lens[: step.decodes],
             scale=self.scale,
@@ -241,12 +244,18 @@ class Impl(TritonAttentionImpl):
         )
 
     def _write(
-        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, step: TritonAttentionMetadata, first: int
+        self,
+        layer: Any,
+        key: Tensor,
+        value: Tensor,
+        caches: tuple[Tensor, Tensor],
+        step: TritonAttentionMetadata,
+        first: int,
     ) -> None:
         """Keys and values from a token on to their slots, unless another layer has written those of this one."""
         if self._writes and step.num_actual_tokens > first:
             of = slice(first, len(step.slot_mapping))
-            write_kv(key[of], value[of], *self._caches(kv_cache), step.slot_mapping[of], **self._scales(layer))
+            write_kv(key[of], value[of], *caches, step.slot_mapping[of], **self._scales(layer))
 
 
 class AdaLLMAttentionBackend(TritonAttentionBackend):
