@@ -72,8 +72,13 @@ def write_kv(
     *,
     k_scale: Scale = 1.0,
     v_scale: Scale = 1.0,
+    checked: bool = False,
 ) -> None:
     """``write_kv_reference``, by one kernel on a CUDA GPU, where no slot is looked at: it must be -1 or in the cache.
+
+    Args:
+        checked: on a CUDA GPU, do not look at the arguments, which are those of a call that passed but for the number
+            of tokens and what the tensors hold.
 
     Raises:
         ValueError: as ``write_kv_reference``; on a CUDA GPU k or v with a stride other than 1 along D, or an E4M3 cache
@@ -82,10 +87,11 @@ def write_kv(
     if not k.is_cuda:
         write_kv_reference(k, v, k_cache, v_cache, slot_mapping, k_scale=k_scale, v_scale=v_scale)
         return
-    check_write(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
-    _check_gpu(k_cache)
-    if k.stride(2) != 1 or v.stride(2) != 1:
-        raise ValueError(f"k and v have strides {k.stride()} and {v.stride()}; the last must be 1")
+    if not checked:
+        check_write(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
+        _check_gpu(k_cache)
+        if k.stride(2) != 1 or v.stride(2) != 1:
+            raise ValueError(f"k and v have strides {k.stride()} and {v.stride()}; the last must be 1")
     from adallm.kernels import write_kv as kernel
 
     with torch.cuda.device_of(k):
@@ -157,6 +163,7 @@ def paged_decode(
     slot_mapping: Tensor | None = None,
     out: Tensor | None = None,
     workspace: Workspace | None = None,
+    checked: Shape | None = None,
 ) -> Tensor:
     """``paged_decode_reference`` in the dtype of q, by one kernel on a CUDA GPU. It does not look at lengths and
     blocks: each length must be 0, or from T to what the table holds.
@@ -164,6 +171,8 @@ def paged_decode(
     Args:
         out: with the shape and dtype of q, stride 1 along D, to write to.
         workspace: ``Workspace.of`` a step as large; without one, memory is allocated in the call.
+        checked: ``Shape.of`` these arguments, on a CUDA GPU, with ``out`` and ``workspace``: do not look at the
+            arguments, which are those of a call that passed but for what the tensors hold.
 
     Raises:
         ValueError: as ``paged_decode_reference``, but for lengths on a CUDA GPU; ``out`` or a ``workspace`` that does
@@ -171,26 +180,33 @@ def paged_decode(
     """
     options = {"window": window, "soft_cap": soft_cap, "sinks": sinks, "alibi_slopes": alibi_slopes}
     options |= {"fp8_queries": fp8_queries, "k": k, "v": v, "slot_mapping": slot_mapping}
-    shape = check_decode(q, k_cache, v_cache, block_table, seq_lens, k_scale, v_scale, **options)
-    if out is None:
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    elif out.shape != q.shape or out.dtype != q.dtype or out.device != q.device or out.stride(-1) != 1:
-        raise ValueError(
-            f"out is {out.dtype} {list(out.shape)} on {out.device}; it must be {q.dtype} {list(q.shape)} on {q.device}"
-            ", stride 1 along D"
-        )
+    if checked is None or not q.is_cuda:
+        shape = check_decode(q, k_cache, v_cache, block_table, seq_lens, k_scale, v_scale, **options)
+        if out is None:
+            out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        elif out.shape != q.shape or out.dtype != q.dtype or out.device != q.device or out.stride(-1) != 1:
+            raise ValueError(
+                f"out is {out.dtype} {list(out.shape)} on {out.device}; it must be {q.dtype} {list(q.shape)} on "
+                f"{q.device}, stride 1 along D"
+            )
     given = options | {"scale": scale, "k_scale": k_scale, "v_scale": v_scale}
     if not q.is_cuda:
         return out.copy_(paged_decode_reference(q, k_cache, v_cache, block_table, seq_lens, **given))
-    _check_gpu(k_cache)
     from adallm.kernels import choice, decode, decode_choice
 
-    workspace, gpu = workspace or Workspace.of(q, k_cache), choice.gpu(q.device.index)
-    programs = decode_choice.programs(shape, k_cache.itemsize, gpu)
-    needed = (decode_choice.workspace_floats(shape, programs), 3 * programs)
-    had = (workspace.partial.numel(), workspace.arrivals.numel())
-    if had[0] < needed[0] or had[1] < needed[1] or workspace.partial.device != q.device:
-        raise ValueError(f"the workspace has room for {had} numbers on {workspace.partial.device}; it needs {needed}")
+    gpu = choice.gpu(q.device.index)
+    if checked is None:
+        _check_gpu(k_cache)
+        workspace = workspace or Workspace.of(q, k_cache)
+        needed = decode_choice.workspace_sizes(shape, k_cache.itemsize, gpu)
+        had = (workspace.partial.numel(), workspace.arrivals.numel())
+        if had[0] < needed[0] or had[1] < needed[1] or workspace.partial.device != q.device:
+            raise ValueError(
+                f"the workspace has room for {had} numbers on {workspace.partial.device}; it needs {needed}"
+            )
+    else:
+        shape = checked
+    config, programs = decode_choice.chosen(shape, k_cache.itemsize, gpu)
     with torch.cuda.device_of(q):
         decode.launch(
             shape.whole(q),
@@ -200,7 +216,7 @@ def paged_decode(
             seq_lens,
             shape.whole(out),
             shape,
-            decode_choice.choose(shape, k_cache.itemsize, gpu.family),
+            config,
             programs=programs,
             partial=workspace.partial,
             arrivals=workspace.arrivals,

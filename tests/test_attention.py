@@ -8,6 +8,7 @@ from paged_step import E4M3, OPTIONS, caches, step
 
 from adallm import fp8
 from adallm.attention import Workspace, paged_decode, paged_decode_reference, write_kv, write_kv_reference
+from adallm.paged import Shape
 
 
 def written_out(q, dense, *, scale, window=None, soft_cap=0.0, sinks=None, slopes=None, k_scale=1.0, v_scale=1.0):
@@ -265,6 +266,10 @@ def test_on_a_gpu_the_kernels_run_in_a_graph_while_lengths_change():
         expected = paged_decode_reference(q, k_cache, v_cache, table, lengths, scale=0.125)
         assert float((out.float() - expected).norm() / expected.norm()) <= 4e-3
         assert not workspace.arrivals.any()
+    out.fill_(float("nan"))
+    checked = {"out": out, "workspace": workspace, "checked": Shape.of(q, k_cache)}
+    paged_decode(q, k_cache, v_cache, table, lengths, scale=0.125, **checked)
+    assert torch.equal(out, paged_decode(q, k_cache, v_cache, table, lengths, scale=0.125))
     many = q.repeat(1, 8, 4, 1)
     with pytest.raises(ValueError, match="the workspace has room for"):
         paged_decode(many, k_cache, v_cache, table, lengths, scale=1.0, workspace=workspace)

@@ -59,6 +59,19 @@ def test_what_is_said_of_the_projection_is_in_the_record():
         assert f"to {len(known)} of {of_what} {error[0]}" in said
 
 
+def test_what_is_said_of_vllm_on_an_h100_is_in_the_record():
+    rows = results.read(RESULTS / "vllm_e2e" / "h100-80gb-hbm3.json")["rows"]
+    of = {(case["metric"], case["batch"]): case for case in vllm_e2e.summary(rows)}
+    one, prefill, said = of["decode_tok_s", 1], of["prefill_tok_s", 8], " ".join(README.split())
+    assert (one["ours"], one["stock"]) == ("adallm-auto-lm-head", "stock-humming-triton")
+    assert f"made {one['value']:.0f} tokens a second, {one['vs_bf16']:.2f} times BF16 and {one['vs_stock']:.2f}" in said
+    assert f"prefill {prefill['vs_bf16']:.2f} and {prefill['vs_stock']:.2f} times" in said
+    waits = {(row["metric"], row["batch"], row["impl"]): row["value"] for row in rows}
+    ours, stock = ([waits[f"itl_p{p}_ms", 16, one[name]] for p in (50, 99)] for name in ("ours", "stock"))
+    assert f"within {ours[0]:.1f} ms of the one before (stock: {stock[0]:.1f} ms)" in said
+    assert f"one in a hundred took {ours[1]:.0f} ms ({stock[1]:.1f} ms)" in said
+
+
 def test_what_is_said_of_quantizing_a_model_is_in_the_record():
     rows = results.read(RESULTS / "convert" / "h100-80gb-hbm3.json")["rows"]
     (row,) = [row for row in rows if row["rule"] == "mse"]

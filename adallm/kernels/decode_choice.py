@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 
 from adallm.kernels.choice import GPU
@@ -75,6 +76,18 @@ def programs(shape: Shape, itemsize: int, gpu: GPU) -> int:
     """Blocks of a launch: groups of one for each tile of a sequence."""
     of_group = tiles(shape)
     return max(choose(shape, itemsize, gpu.family).programs * gpu.sms // of_group, 1) * of_group
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def chosen(shape: Shape, itemsize: int, gpu: GPU) -> tuple[Config, int]:
+    """``choose`` and ``programs``."""
+    return choose(shape, itemsize, gpu.family), programs(shape, itemsize, gpu)
+
+
+def workspace_sizes(shape: Shape, itemsize: int, gpu: GPU) -> tuple[int, int]:
+    """FP32 and int32 numbers of a workspace for a step."""
+    count = programs(shape, itemsize, gpu)
+    return workspace_floats(shape, count), 3 * count
 
 
 def most_programs(shape: Shape, itemsize: int, gpu: GPU) -> int:

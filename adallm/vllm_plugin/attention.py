@@ -26,7 +26,7 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from adallm.attention import Workspace, paged_decode, write_kv
 from adallm.kernels.decode_choice import WRITES_UP_TO
-from adallm.paged import BLOCK_SIZES, HEAD_SIZES, MAX_GQA, MAX_QUERIES
+from adallm.paged import BLOCK_SIZES, HEAD_SIZES, MAX_GQA, MAX_QUERIES, Shape
 from adallm.vllm_plugin import prefill
 from adallm.vllm_plugin.compat import FIRST, LAST
 from adallm.vllm_plugin.prefill import Beginning, Continued, FlashAttention, beginning, continued
@@ -136,6 +136,9 @@ class Impl(TritonAttentionImpl):
         given = {"alibi": self.alibi_slopes is not None, "sinks": self.sinks is not None}
         self._version = prefill.version(head_size, **given) if alone else None
         self._flash: FlashAttention | None = None
+        # What has passed the checks of our kernels, which take as long as a launch: steps by their sizes, and writes.
+        self._steps: dict[tuple[int, int, bool], Shape] = {}
+        self._written = False
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
         """Our kernel writes 16 bits."""
@@ -226,9 +229,10 @@ class Impl(TritonAttentionImpl):
         new: dict[str, Tensor],
     ) -> None:
         tokens = step.decodes * step.queries
-        shape = (step.decodes, step.queries, self.num_heads, self.head_size)
+        q = query[:tokens].view(step.decodes, step.queries, self.num_heads, self.head_size)
+        sizes = (step.decodes, step.queries, bool(new))
         paged_decode(
-            query[:tokens].view(shape),
+            q,
             *caches,
             step.block_table[: step.decodes],
             step.seq_lens[: step.decodes],
@@ -239,9 +243,12 @@ class Impl(TritonAttentionImpl):
             sinks=self._sinks,
             alibi_slopes=self._slopes,
             **new,
-            out=output[:tokens].view(shape),
+            out=output[:tokens].view(q.shape),
             workspace=step.workspace,
+            checked=self._steps.get(sizes),
         )
+        if sizes not in self._steps:
+            self._steps[sizes] = Shape.of(q, caches[0])
 
     def _write(
         self,
@@ -255,7 +262,9 @@ class Impl(TritonAttentionImpl):
         """Keys and values from a token on to their slots, unless another layer has written those of this one."""
         if self._writes and step.num_actual_tokens > first:
             of = slice(first, len(step.slot_mapping))
-            write_kv(key[of], value[of], *caches, step.slot_mapping[of], **self._scales(layer))
+            scales = self._scales(layer)
+            write_kv(key[of], value[of], *caches, step.slot_mapping[of], **scales, checked=self._written)
+            self._written = True
 
 
 class AdaLLMAttentionBackend(TritonAttentionBackend):
