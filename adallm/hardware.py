@@ -66,15 +66,19 @@ def _ada(
     return GPU(device, (8, 9), sms, clock, dram, l2, memory, mib, fp16, fp8, 1.0, 99 * 1024, 100 * 1024, 48, 24)
 
 
+def _hopper(device: str, dram: int, memory: int, mib: int) -> GPU:
+    sm = (227 * 1024, 228 * 1024, 64, 32)
+    return GPU(device, (9, 0), 132, 1.98, dram, 50, memory, mib, 989, 1979, 0.6, *sm)
+
+
 GPUS: dict[str, GPU] = {
     "RTX 4090": _ada("NVIDIA GeForce RTX 4090", 128, 2.52, 1008, 72, 24, 24564, 165, 330),
     "RTX 6000 Ada": _ada("NVIDIA RTX 6000 Ada Generation", 142, 2.505, 960, 96, 48, 49140, 364, 728),
     "L40S": _ada("NVIDIA L40S", 142, 2.52, 864, 48, 48, 46068, 362, 733),
     "L4": _ada("NVIDIA L4", 58, 2.04, 300, 48, 24, 23034, 121, 242),
-    # The SXM module.
-    "H100": GPU(
-        "NVIDIA H100 80GB HBM3", (9, 0), 132, 1.98, 3352, 50, 80, 81559, 989, 1979, 0.6, 227 * 1024, 228 * 1024, 64, 32
-    ),
+    # The SXM modules: one chip, two kinds of memory.
+    "H100": _hopper("NVIDIA H100 80GB HBM3", 3352, 80, 81559),
+    "H200": _hopper("NVIDIA H200", 4800, 141, 143771),
 }
 
 

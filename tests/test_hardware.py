@@ -7,15 +7,15 @@ from adallm import hardware
 from adallm.hardware import GPUS, blocks_per_sm
 
 # Operations of one SM and clock on the tensor cores in FP16: half of the chip's in the GeForce cards.
-FP16_PER_CLOCK = {"RTX 4090": 512, "RTX 6000 Ada": 1024, "L40S": 1024, "L4": 1024, "H100": 4096}
+FP16_PER_CLOCK = {"RTX 4090": 512, "RTX 6000 Ada": 1024, "L40S": 1024, "L4": 1024, "H100": 4096, "H200": 4096}
 
 
 @pytest.mark.parametrize("name", GPUS)
 def test_tensor_rate_is_that_of_the_sms_and_the_clock(name):
     gpu = GPUS[name]
     peak = gpu.sms * gpu.clock_ghz * FP16_PER_CLOCK[name] / 1e3
-    # H100's rate is stated at less than its highest clock.
-    assert gpu.fp16_tflops == pytest.approx(peak, rel=0.1 if name == "H100" else 0.02)
+    # Hopper's rate is stated at less than its highest clock.
+    assert gpu.fp16_tflops == pytest.approx(peak, rel=0.1 if gpu.capability == (9, 0) else 0.02)
     assert gpu.fp8_tflops == pytest.approx(2 * gpu.fp16_tflops, rel=0.02)
 
 
@@ -40,6 +40,7 @@ def test_find_takes_the_driver_s_name():
     assert hardware.find("NVIDIA L40S") == "L40S"
     assert hardware.find("NVIDIA L4") == "L4"
     assert hardware.find("NVIDIA H100 80GB HBM3") == "H100"
+    assert hardware.find("NVIDIA H200") == "H200"
     for other in ("NVIDIA GeForce RTX 4090 D", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA H100 PCIe"):
         assert hardware.find(other) is None
 

@@ -16,7 +16,7 @@ PACKAGE = Path(adallm.__file__).parent
 # A module may import its own layer and those before it. A name that no file has yet is no error; a file that no layer
 # has is one.
 LAYERS = (
-    {"formats", "results", "hardware", "models", "memory", "calculator", "published", "text"},
+    {"formats", "results", "hardware", "models", "memory", "calculator", "published", "text", "engines", "projection"},
     {"rows", "tiny"},
     {"nvfp4", "fp8", "baselines", "quantizers", "gptq", "paged"},
     {"kernels"},
@@ -26,7 +26,7 @@ LAYERS = (
     {"hf_model", "vllm_command"},
     {"lm"},
     {"plots", "evaluate", "calibrate", "bench", "vllm_plugin", "tasks"},
-    {"serve", "doctor"},
+    {"serve", "doctor", "live"},
     {"cli", "cli_vllm"},
 )
 LAYER = {name: i for i, layer in enumerate(LAYERS) for name in layer}

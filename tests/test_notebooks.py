@@ -48,7 +48,13 @@ def name(path):
 
 
 def test_there_are_notebooks():
-    wanted = {"01_microscaling_accuracy", "02_kv_cache_memory", "03_kernel_roofline", "05_perplexity"}
+    wanted = {
+        "01_microscaling_accuracy",
+        "02_kv_cache_memory",
+        "03_kernel_roofline",
+        "04_vllm_throughput",
+        "05_perplexity",
+    }
     assert {path.stem for path in NOTEBOOKS} >= wanted
 
 
@@ -233,3 +239,31 @@ def test_a_changed_cache_record_changes_the_second_notebook(elsewhere):
     assert "0.1234" in found["loss-finding"][0]
     svg = (elsewhere / "results" / "figures" / "kv_magnitudes.svg").read_bytes()
     assert svg != (ROOT / "results" / "figures" / "kv_magnitudes.svg").read_bytes()
+
+
+def test_a_changed_engine_record_changes_the_fourth_notebook(elsewhere):
+    """Also the section on the cache, which has a figure as soon as a record has what it needs."""
+    root = elsewhere / "results"
+    for path in (root / "vllm_e2e").glob("*.json"):
+        if path.stem != "h100-80gb-hbm3":
+            path.unlink()
+    record = results.read(root / "vllm_e2e" / "h100-80gb-hbm3.json")
+    rows = [row for row in record["rows"] if not row["impl"].endswith("-bf16kv")]
+    row = results.find({**record, "rows": rows}, impl="adallm-auto-lm-head", metric="itl_p99_ms", batch=16)
+    row["value"] = 4321.5
+    steps = [row for row in rows if (row["impl"], row["metric"]) == ("bf16", "decode_tok_s")]
+    names = {"adallm-w4a8-bf16kv": 1.0, "adallm-w4a8": 1.25}
+    rows = [row for row in rows if row["impl"] not in ("adallm-w4a8", "adallm-w4a16", "adallm-auto")]
+    rows += [row | {"impl": impl, "value": factor * row["value"]} for impl, factor in names.items() for row in steps]
+    results.write("vllm_e2e", rows, provenance=record["provenance"], root=root)
+    notebook = read(elsewhere / "notebooks" / "04_vllm_throughput.ipynb")
+    wanted = ("versions", "cache-finding", "latency-figure", "latency-finding")
+    notebook.cells = [cell for cell in notebook.cells if cell.id in wanted]
+    execute(notebook, elsewhere)
+    found = findings(notebook)
+    assert "4,321.5" in found["latency-finding"][0]
+    assert "Measured on H100" in found["cache-finding"][0]
+    assert "- AdaLLM W4A8: decode x1 1.25, decode x2 1.25" in found["cache-finding"][0]
+    assert (root / "figures" / "fp8_cache.png").is_file()
+    svg = (root / "figures" / "engine_latency.svg").read_bytes()
+    assert svg != (ROOT / "results" / "figures" / "engine_latency.svg").read_bytes()

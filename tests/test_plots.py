@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from adallm import formats, hardware, memory, plots, published, results
+from adallm import engines, formats, hardware, memory, plots, projection, published, results
 
 RESULTS = results.default_root()
 
@@ -33,6 +33,21 @@ def rooflines(measured, projected):
     return plots.rooflines(gpus, {"H100": measured}, projected)
 
 
+def with_bf16_cache(of):
+    """A record with an implementation that no record has yet."""
+    rows = [row | {"impl": "adallm-w4a8-bf16kv"} for row in of["rows"] if row["impl"] == "adallm-w4a8"]
+    return {**of, "rows": [*of["rows"], *rows]}
+
+
+def fp8_cache(of):
+    return plots.fp8_cache(engines.cache_pairs(of), of)
+
+
+def decode_projection(of):
+    rows = projection.decode(of, "RTX 4090", impls=engines.OURS)
+    return plots.decode_projection(rows, [row for row in published.throughput() if row["batch"]], of)
+
+
 BLOCK = {"title": "a block", "source": "three weights"}
 FIGURES = {
     "perplexity": lambda: plots.perplexity(record("eval")),
@@ -51,6 +66,11 @@ FIGURES = {
     "linear_speedup": lambda: plots.linear_speedup(record("linear", "h100-80gb-hbm3")),
     "decode_attention": lambda: plots.decode_attention(record("attention", "h100-80gb-hbm3")),
     "throughput": lambda: plots.throughput(record("vllm_e2e", "h200")),
+    "tokens_per_second": lambda: plots.tokens_per_second(record("vllm_e2e", "h200")),
+    "engine_memory": lambda: plots.engine_memory(record("vllm_e2e", "h200")),
+    "latencies": lambda: plots.latencies(record("vllm_e2e", "h100-80gb-hbm3")),
+    "fp8_cache": lambda: fp8_cache(with_bf16_cache(record("vllm_e2e", "h200"))),
+    "decode_projection": lambda: decode_projection(record("vllm_e2e", "h200")),
     "kv_bytes": lambda: plots.kv_bytes(memory.per_token(), memory.by_context((256, 1024, 8192))),
     "kv_fits": lambda: plots.kv_fits(list(memory.fits(("RTX 4090", "L40S", "L4"), tokens=8192))),
     "kv_magnitudes": lambda: plots.kv_magnitudes(record("kv_cache")),

@@ -2,12 +2,16 @@
 
 Figure functions take a record, rows or plain arrays and return a ``matplotlib.figure.Figure``; ``show`` saves it and
 gives a notebook the very PNG that was saved. ``style`` holds what they share, ``training``, ``weights``,
-``rules``, ``kernels``, ``roofline``, ``kv_cache`` and ``evaluation`` the figures.
+``rules``, ``kernels``, ``engines``, ``latency``, ``projection``, ``roofline``, ``kv_cache`` and ``evaluation`` the
+figures.
 """
 
+from adallm.plots.engines import engine_memory, fp8_cache, throughput, tokens_per_second
 from adallm.plots.evaluation import divergence, loss_by_bits, perplexity, published
-from adallm.plots.kernels import decode_attention, linear_speedup, throughput
+from adallm.plots.kernels import decode_attention, linear_speedup
 from adallm.plots.kv_cache import kv_bytes, kv_fits, kv_magnitudes, kv_model
+from adallm.plots.latency import latencies
+from adallm.plots.projection import decode_projection
 from adallm.plots.roofline import rooflines
 from adallm.plots.rules import rule_errors, rule_outputs, rule_perplexity
 from adallm.plots.style import COLORS, HATCHES, STYLE, TITLES, save, show, source_of, table
@@ -22,12 +26,16 @@ __all__ = [
     "block",
     "block_sizes",
     "decode_attention",
+    "decode_projection",
     "divergence",
+    "engine_memory",
+    "fp8_cache",
     "grids",
     "kv_bytes",
     "kv_fits",
     "kv_magnitudes",
     "kv_model",
+    "latencies",
     "linear_speedup",
     "loss_by_bits",
     "perplexity",
@@ -45,5 +53,6 @@ __all__ = [
     "sqnr_by_layer",
     "table",
     "throughput",
+    "tokens_per_second",
     "training_curve",
 ]

@@ -1,4 +1,4 @@
-"""Kernels and engines side by side: linear layers, decode attention, and vLLM end to end. All times are measured."""
+"""Kernels side by side: linear layers and decode attention. All times are measured."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import matplotlib
 
-from adallm.plots.style import COLORS, GREY, HATCHES, MARKERS, STYLE, new_figure, write_source
+from adallm.plots.style import COLORS, GREY, MARKERS, STYLE, new_figure, write_source
 
 OURS = ("adallm-w4a16", "adallm-w4a8")
 AGAINST = {"the best W4 peer": ("marlin", "humming"), "cuBLAS BF16": ("cublas-bf16",)}
@@ -17,15 +17,6 @@ ATTENTION = {
     "flashinfer": "FlashInfer",
     "vllm-triton": "vLLM Triton",
     "fa3-fp8": "FA3 FP8, Hopper only",
-}
-# Of stock vLLM the fastest in each case stands for all.
-STOCK = "stock"
-ENGINES = {
-    "bf16": "BF16",
-    STOCK: "the best of stock NVFP4",
-    "adallm-w4a16": "AdaLLM W4A16",
-    "adallm-w4a8": "AdaLLM W4A8",
-    "adallm-auto-lm-head": "AdaLLM auto,\nNVFP4 lm_head",
 }
 
 
@@ -93,42 +84,6 @@ def decode_attention(record: Mapping[str, Any], *, heads: str = "32/8/128", bloc
     return figure
 
 
-def throughput(record: Mapping[str, Any]) -> Any:
-    """Tokens a second of vLLM by implementation: decode for each batch over that of BF16, and prefill."""
-    values: dict[tuple[str, int | None], dict[str, float]] = {}
-    for row in record["rows"]:
-        if row["metric"] in ("decode_tok_s", "prefill_tok_s"):
-            of = values.setdefault((row["metric"], row["batch"]), {})
-            impl = STOCK if row["impl"].startswith(STOCK) else row["impl"]
-            of[impl] = max(row["value"], of.get(impl, 0.0))
-    keys = sorted(values, key=lambda key: (key[0], key[1] or 0))
-    impls = [impl for impl in ENGINES if any(impl in of for of in values.values())]
-    with matplotlib.rc_context(STYLE):
-        figure, axes = new_figure(size=(8.5, 3.8))
-        width = 0.85 / len(impls)
-        for i, impl in enumerate(impls):
-            found = [(group, values[key][impl] / values[key]["bf16"]) for group, key in enumerate(keys)]
-            bars = axes.bar(
-                [group + (i - (len(impls) - 1) / 2) * width for group, _ in found],
-                [ratio for _, ratio in found],
-                width,
-                color=COLORS[i],
-                hatch=HATCHES[i],
-                edgecolor="white",
-                label=ENGINES[impl],
-            )
-            axes.bar_label(bars, fmt="%.1f", fontsize=6, padding=1)
-        axes.axhline(1, color=GREY, linewidth=0.8)
-        axes.set_xticks(range(len(keys)), [_measure(*key, values[key]["bf16"]) for key in keys])
-        axes.grid(axis="x", visible=False)
-        axes.set_xlabel("sequences (tokens a second of BF16)")
-        axes.set_ylabel("tokens a second over those of BF16")
-        axes.set_title(f"vLLM with {record['rows'][0]['model']}'s shapes, NVFP4 rows with an FP8 KV cache")
-        figure.legend(loc="outside upper right", ncols=len(impls), fontsize=7)
-        write_source(figure, record)
-    return figure
-
-
 def _speedup(us: Mapping[str, float], peers: tuple[str, ...]) -> float:
     ours, theirs = ([us[impl] for impl in impls if impl in us] for impls in (OURS, peers))
     return min(theirs) / min(ours) if ours and theirs else math.nan
@@ -137,8 +92,3 @@ def _speedup(us: Mapping[str, float], peers: tuple[str, ...]) -> float:
 def _step(batch: int, context: int, ragged: bool) -> str:
     size = f"{context // 1024} K" if context % 1024 == 0 else str(context)
     return f"{batch} x {'up to ' if ragged else ''}{size}"
-
-
-def _measure(metric: str, batch: int | None, of_bf16: float) -> str:
-    name = "prefill" if metric == "prefill_tok_s" else "decode"
-    return f"{name}\nx{batch}\n({of_bf16:,.0f})"

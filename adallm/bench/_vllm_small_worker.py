@@ -1,0 +1,56 @@
+"""Greedy text from a model in vLLM, in a process of its own: ``python -m adallm.bench._vllm_small_worker``.
+
+A line of JSON on standard input is answered by one on standard output, where nothing else is written. The request has
+``model``, a directory, ``prompts``, ``new``, the tokens generated behind each, and ``options`` of ``vllm.LLM``. The
+answer has ``texts``, ``tok_s``, new tokens a second of a second call, and ``path``; or ``error`` alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from adallm.bench import _e2e_impls
+
+_EXTENSION = "adallm.bench._e2e_extension.Extension"
+
+
+def generate(request: Mapping[str, Any]) -> dict[str, Any]:
+    """The answer to a request."""
+    import vllm
+
+    llm = vllm.LLM(request["model"], worker_extension_cls=_EXTENSION, **request["options"])
+    params = vllm.SamplingParams(temperature=0, max_tokens=request["new"], ignore_eos=True)
+    prompts = list(request["prompts"])
+    llm.generate(prompts, params, use_tqdm=False)
+    begin = time.perf_counter()
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    seconds = time.perf_counter() - begin
+    tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+    (facts,) = llm.collective_rpc("adallm_bench_facts")
+    return {
+        "texts": [output.outputs[0].text for output in outputs],
+        "tok_s": tokens / seconds,
+        "path": _e2e_impls.path(facts),
+    }
+
+
+def main() -> int:
+    # vLLM and its processes write to standard output: let them write to standard error.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    try:
+        answer = generate(json.loads(sys.stdin.readline()))
+    except Exception as error:
+        answer = {"error": f"{type(error).__name__}: {error}"}
+    answers.write(json.dumps(answer) + "\n")
+    answers.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
