@@ -308,13 +308,16 @@ def test_decode_attention_points_are_those_of_the_record():
     changed = record("attention", "h100-80gb-hbm3")
     step = {"heads": "32/8/128", "block": 16, "batch": 8, "context": 32768}
     results.find(changed, impl="flashinfer", **step)["tb_s"] = 1.25
-    (axes,) = plots.decode_attention(changed).axes
+    titles = [axes.get_title(loc="left") for axes in plots.decode_attention(changed).axes]
+    assert titles[0] == "32 query, 8 KV heads of 128"
+    assert titles[2:] == ["32 query, 16 KV heads of 128, window 1,024", "16 query, 2 KV heads of 256"]
+    (axes,) = plots.decode_attention(changed, heads=["32/8/128"]).axes
     lines = {line.get_label(): line for line in axes.lines}
     x = [label.get_text() for label in axes.get_xticklabels()].index("8 x 32 K")
     assert (x, 1.25) in {tuple(point) for point in lines["FlashInfer"].get_xydata()}
     assert lines["FA3 FP8, Hopper only"].get_markerfacecolor() == "white"
     with pytest.raises(ValueError, match="no row of heads '1/1/1' and block 16"):
-        plots.decode_attention(changed, heads="1/1/1")
+        plots.decode_attention(changed, heads=["32/8/128", "1/1/1"])
 
 
 def test_throughput_is_that_of_the_best_of_stock():
