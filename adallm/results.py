@@ -193,13 +193,20 @@ def write(
                     f"record {experiment!r}: row {i} field {key!r} is {type(value).__name__}, not a scalar"
                 )
     record = {"experiment": experiment, "provenance": dict(provenance), **extra, "rows": [dict(row) for row in rows]}
-    text = json.dumps(record, indent=1, allow_nan=False) + "\n"
+    text = _text(record)
     path = Path(root or default_root()) / experiment / f"{name or slug(provenance['gpu'])}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".json.partial")
     partial.write_text(text)
     partial.replace(path)
     return path
+
+
+def _text(record: Mapping[str, Any]) -> str:
+    """JSON with a line for each row, so that what changes in it are rows."""
+    head = json.dumps({name: value for name, value in record.items() if name != "rows"}, indent=1, allow_nan=False)
+    rows = ",\n".join(f"  {json.dumps(row, allow_nan=False)}" for row in record["rows"])
+    return f'{head.removesuffix("}").rstrip()},\n "rows": [\n{rows}\n ]\n}}\n'
 
 
 def read(path: Path | str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from nbconvert import HTMLExporter
 NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("*.ipynb"))
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 WIDTH = 1280
-# Of a figure's pixels, which are 150 an inch: its smallest letters, 6.5 points, are 8 pixels high then.
+# Of a figure's pixels, which are 160 an inch: its smallest letters, 6 points, are 8 pixels high then.
 SMALLEST = 0.6
 # What the page says of itself when it is laid out.
 REPORT = """

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from xml.etree import ElementTree
 
 import pytest
 
@@ -96,6 +97,8 @@ def test_the_same_figure_gives_the_same_files_and_names_its_source(name, tmp_pat
     assert [path.name for path in first] == ["figure.svg", "figure.png"]
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
     assert any(SOURCE.get(name, "measured on ") in text for text in texts(figure))
+    shown = "".join(ElementTree.parse(first[0]).getroot().itertext())
+    assert SOURCE.get(name, "measured on ") in shown
     # The files are cut to what is drawn: text beyond the edge of the canvas would make them larger than it.
     for pixels, inches in zip(png_size(second[1]), figure.get_size_inches(), strict=True):
         assert pixels == pytest.approx(160 * inches, rel=0.06)

@@ -23,6 +23,11 @@ def test_a_record_comes_back_as_it_was_written(tmp_path):
     assert provenance["seed"] == 7
     assert results.read_all("speed", root=tmp_path) == {path.stem: record}
     assert results.read_all("none", root=tmp_path) == {}
+    rows = [{"i": i, "s": 'a "b"'} for i in range(3)]
+    text = results.write("rows", rows, provenance=provenance, root=tmp_path).read_text()
+    # A line for each row.
+    assert [json.loads(line.rstrip(",")) for line in text.splitlines()[-5:-2]] == rows
+    assert json.loads(text)["rows"] == rows
 
 
 @pytest.mark.parametrize(
