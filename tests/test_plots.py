@@ -62,6 +62,7 @@ FIGURES = {
     "sqnr": lambda: plots.sqnr(record("quantizers")),
     "sqnr_by_layer": lambda: plots.sqnr_by_layer(record("quantizers")),
     "block_sizes": lambda: plots.block_sizes(record("quantizers")),
+    "global_scales": lambda: plots.global_scales(record("global_scale")),
     "scale_formats": lambda: plots.scale_formats(record("quantizers")),
     "rooflines": lambda: rooflines(record("linear", "h100-80gb-hbm3"), record("sm89")),
     "linear_speedup": lambda: plots.linear_speedup(record("linear", "h100-80gb-hbm3")),

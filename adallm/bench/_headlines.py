@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from adallm import results
-from adallm.bench import _attention_summary, _e2e_summary, _linear_summary
+from adallm.bench import _attention_summary, _e2e_summary, _linear_summary, global_scale
 from adallm.text import rounded_down
 
 Rows = Sequence[Mapping[str, Any]]
@@ -91,6 +91,11 @@ def _divergence(rows: Rows) -> str:
     return f"nats a token from BF16: {', '.join(parts)}"
 
 
+def _global_scale(rows: Rows) -> str:
+    found = [global_scale.plateau(rows, source) for source in dict.fromkeys(row["source"] for row in rows)]
+    return f"within 1% from 2^{max(low for low, _ in found)} to 2^{min(high for _, high in found)} of the max rule's"
+
+
 def _kv_cache(rows: Rows) -> str:
     of = {row["title"]: row["delta"] for row in rows if row["part"] == "perplexity" and row["cache"] != "bf16"}
     return f"bits per byte above a BF16 cache: {'; '.join(f'{title} {delta:+.4f}' for title, delta in of.items())}"
@@ -123,6 +128,7 @@ _HEADLINES: dict[str, Callable[[Rows], str]] = {
     "convert": _convert,
     "divergence": _divergence,
     "eval": _eval,
+    "global_scale": _global_scale,
     "kv_cache": _kv_cache,
     "linear": _linear,
     "quantize_speed": _quantize_speed,

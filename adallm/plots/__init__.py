@@ -16,7 +16,7 @@ from adallm.plots.roofline import rooflines
 from adallm.plots.rules import rule_errors, rule_outputs, rule_perplexity
 from adallm.plots.style import COLORS, HATCHES, STYLE, TITLES, save, show, source_of, table
 from adallm.plots.training import recipes, training_curve
-from adallm.plots.weights import block, block_sizes, grids, scale_formats, sqnr, sqnr_by_layer
+from adallm.plots.weights import block, block_sizes, global_scales, grids, scale_formats, sqnr, sqnr_by_layer
 
 __all__ = [
     "COLORS",
@@ -30,6 +30,7 @@ __all__ = [
     "divergence",
     "engine_memory",
     "fp8_cache",
+    "global_scales",
     "grids",
     "kv_bytes",
     "kv_fits",

@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib
 
 from adallm import results
-from adallm.plots.style import COLORS, GREY, STYLE, TITLES, look, new_figure, source_of, write_source
+from adallm.plots.style import COLORS, GREY, MARKERS, STYLE, TITLES, look, new_figure, source_of, write_source
 
 SOURCES = {
     "gaussian": "Gaussian",
@@ -209,6 +209,30 @@ def scale_formats(record: Mapping[str, Any]) -> Any:
         axes.set_ylabel("squared error above that of\nan exact scale, %")
         axes.set_title("What it costs to store the scale in 8 bits")
         figure.legend(loc="outside upper right", ncols=len(bars))
+        write_source(figure, record)
+    return figure
+
+
+def global_scales(record: Mapping[str, Any]) -> Any:
+    """Squared error of NVFP4 over that of the max rule against the global scale over the max rule's, by source."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_figure(size=(7.5, 3.4))
+        for i, (source, title) in enumerate(SOURCES.items()):
+            points = [(r["log2_factor"], r["vs_max"]) for r in record["rows"] if r["source"] == source]
+            look = {"color": COLORS[i], "marker": MARKERS[i], "markersize": 4, "linewidth": 1}
+            axes.plot(*zip(*points, strict=True), label=title.replace("\n", " "), **look)
+        exponents = sorted({row["log2_factor"] for row in record["rows"]})
+        ticks = [e for e in exponents if e % 4 == 0]
+        axes.axvline(0, color=GREY, linewidth=0.8, linestyle=":")
+        axes.annotate("max rule", (0, 1), xytext=(4, -12), textcoords="offset points", fontsize=8)
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=0.6)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_xticks(ticks, [f"$2^{{{e}}}$" for e in ticks])
+        axes.set_xlabel("global scale over that of the max rule")
+        axes.set_ylabel("squared error over\nthat of the max rule")
+        axes.set_title("NVFP4 under other global scales")
+        figure.legend(loc="outside upper right", ncols=len(SOURCES), fontsize=8)
         write_source(figure, record)
     return figure
 
