@@ -137,6 +137,12 @@ def test_links_to_other_notebooks_exist(path):
                 assert (path.parent / target).is_file(), f"{cell.id} links to {target}"
 
 
+def test_every_figure_is_drawn_by_a_notebook():
+    sources = "".join(cell.source for path in NOTEBOOKS for cell in code_cells(path))
+    drawn = {file.stem for file in (ROOT / "results" / "figures").iterdir()}
+    assert {figure for figure in drawn if f'"{figure}"' not in sources} == set()
+
+
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
     """A copy of notebooks and records; what the kernel writes goes there, and imports this package."""
