@@ -8,6 +8,7 @@ kernels, which take BF16 and FP16 models and round the weight of W4A8 too (``lin
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -171,8 +172,16 @@ def _quantize_kv(model: PreTrainedModel, kind: str, stored: dict) -> None:
             scales = (f"{name}.{side}_proj.{side}_scale", f"{name}.{side}_scale")
             scale = next((stored[key] for key in scales if key in stored), None)
             setattr(module, f"_adallm_{side}_scale", 1.0 if scale is None else float(scale))
-    name = _KV_ATTENTION[kind]
-    AttentionInterface.register(name, _fp8_kv_attention if kind == "fp8" else _fp8_kv_token_attention)
+    attend(model, _KV_ATTENTION[kind], _fp8_kv_attention if kind == "fp8" else _fp8_kv_token_attention)
+
+
+def attend(model: PreTrainedModel, name: str, function: Callable[..., tuple[Tensor, Tensor | None]]) -> None:
+    """Let a model's attention be ``function``, which takes what transformers' ``sdpa_attention_forward`` takes.
+
+    Args:
+        name: for transformers, of this function alone.
+    """
+    AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, sdpa_mask)
     model.set_attn_implementation(name)
 

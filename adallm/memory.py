@@ -1,7 +1,7 @@
 """Weights and KV cache of a model in the memory of a card: what is left for the cache, and what that holds.
 
 ``room = 0.9 * memory - 2 GiB - weights``. vLLM takes 0.92 of what CUDA sees, which is a little less than the
-``memory_mib`` of ``hardware.GPUS``: 0.9 of the latter comes to the same within 1.5%. The 2 GiB stand for activations
+``memory_mib`` of ``hardware.GPUS``. The 2 GiB stand for activations
 and CUDA graphs, about what Qwen3-8B took beside weights and cache on an H200 (``peak_gib`` in ``results/vllm_e2e``); a
 server measures its own. All of this is computed, from data sheets and configurations, and measured on no card.
 """

@@ -11,34 +11,25 @@ from typing import Any
 from adallm.checkpoint.emit import quantization_configs
 from adallm.checkpoint.parse import MODELOPT_SCHEMES
 from adallm.checkpoint.quantization import MODELOPT
+from adallm.models import MODELS
 
 NAME = "Qwen3-8B"
 QWEN3_8B: Mapping[str, Any] = {
+    **MODELS[NAME],
     "architectures": ["Qwen3ForCausalLM"],
     "attention_bias": False,
     "attention_dropout": 0.0,
     "bos_token_id": 151643,
     "eos_token_id": 151645,
-    "head_dim": 128,
     "hidden_act": "silu",
-    "hidden_size": 4096,
     "initializer_range": 0.02,
-    "intermediate_size": 12288,
-    "max_position_embeddings": 40960,
-    "max_window_layers": 36,
-    "model_type": "qwen3",
-    "num_attention_heads": 32,
-    "num_hidden_layers": 36,
-    "num_key_value_heads": 8,
+    "max_window_layers": MODELS[NAME]["num_hidden_layers"],
     "rms_norm_eps": 1e-6,
     "rope_scaling": None,
     "rope_theta": 1000000,
-    "sliding_window": None,
-    "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
     "use_cache": True,
     "use_sliding_window": False,
-    "vocab_size": 151936,
 }
 
 

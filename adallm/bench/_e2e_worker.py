@@ -21,7 +21,7 @@ from typing import Any, TextIO
 from adallm.bench import _e2e_impls, _e2e_load
 
 SEED = 0
-_EXTENSION = "adallm.bench._e2e_extension.Extension"
+EXTENSION = "adallm.bench._e2e_extension.Extension"
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Engine:
 
         self._clock = clock
         begin = clock()
-        self._llm = vllm.LLM(job["model"], worker_extension_cls=_EXTENSION, **job["options"])
+        self._llm = vllm.LLM(job["model"], worker_extension_cls=EXTENSION, **job["options"])
         self.start_s = clock() - begin
         (self.facts,) = self._llm.collective_rpc("adallm_bench_facts")
         if (reason := _e2e_impls.mismatch(job["expected"], self.facts)) is not None:
@@ -155,11 +155,15 @@ def serve(lines: TextIO, answers: TextIO, make: Callable[[dict[str, Any]], Any] 
             answer(lambda line=line: {"values": engine.values(Measure(**json.loads(line)))})
 
 
-def main() -> int:
-    # vLLM and its processes write to standard output: let them write to standard error.
+def answers_alone() -> TextIO:
+    """Standard output, where vLLM and its processes write too: from now on that goes to standard error."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    serve(sys.stdin, answers)
+    return answers
+
+
+def main() -> int:
+    serve(sys.stdin, answers_alone())
     return 0
 
 

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
-from adallm import evaluate, lm
+from adallm import evaluate, hf_model, lm
 from adallm.bench import divergence
 from adallm.tasks import stdlib_ppl
 
@@ -40,11 +39,9 @@ def keys_and_values(model: Path, windows: Sequence[Tensor]) -> list[list[Heads]]
         seen[module.layer_idx] = tuple(x[0].transpose(0, 1).contiguous() for x in (query, key, value))
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
 
-    AttentionInterface.register(_OBSERVE, observe)
-    AttentionMaskInterface.register(_OBSERVE, sdpa_mask)
     transformers.utils.logging.disable_progress_bar()
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, trust_remote_code=False).eval()
-    loaded.set_attn_implementation(_OBSERVE)
+    hf_model.attend(loaded, _OBSERVE, observe)
     found = []
     for window in windows:
         loaded.base_model(window[None], use_cache=False)

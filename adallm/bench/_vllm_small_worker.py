@@ -8,22 +8,20 @@ answer has ``texts``, ``tok_s``, new tokens a second of a second call, and ``pat
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Mapping
 from typing import Any
 
 from adallm.bench import _e2e_impls
-
-_EXTENSION = "adallm.bench._e2e_extension.Extension"
+from adallm.bench._e2e_worker import EXTENSION, answers_alone
 
 
 def generate(request: Mapping[str, Any]) -> dict[str, Any]:
     """The answer to a request."""
     import vllm
 
-    llm = vllm.LLM(request["model"], worker_extension_cls=_EXTENSION, **request["options"])
+    llm = vllm.LLM(request["model"], worker_extension_cls=EXTENSION, **request["options"])
     params = vllm.SamplingParams(temperature=0, max_tokens=request["new"], ignore_eos=True)
     prompts = list(request["prompts"])
     llm.generate(prompts, params, use_tqdm=False)
@@ -40,9 +38,7 @@ def generate(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def main() -> int:
-    # vLLM and its processes write to standard output: let them write to standard error.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+    answers = answers_alone()
     try:
         answer = generate(json.loads(sys.stdin.readline()))
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Sizes of launches. Triton has functions of these names, which take longer than all else that a launcher does."""
+"""Sizes of launches. Triton has functions of these names, wrapped for its compiler; launchers call them often."""
 
 
 def cdiv(a: int, b: int) -> int:

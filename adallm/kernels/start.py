@@ -1,7 +1,7 @@
-"""``kernel[grid](...)`` in a part of the time that Triton takes to find what it has compiled.
+"""``kernel[grid](...)`` without the way on which Triton finds what it has compiled.
 
-Outside CUDA graphs, as in a step that holds a long prompt, a layer is a dozen launches one after the other, and finding
-kernels can take longer than the GPU does. What Triton specializes a kernel on is looked at here at least as finely:
+Outside CUDA graphs, as in a step that holds a long prompt, a layer is a dozen launches one after the other, and the
+host may need longer for them than the GPU. What Triton specializes a kernel on is looked at here at least as finely:
 types, integers that are 1 or multiples of 16, aligned pointers.
 """
 

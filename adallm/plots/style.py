@@ -37,7 +37,7 @@ STYLE = {
     "font.size": 9,
     "legend.frameon": False,
     "svg.hashsalt": "adallm",
-    # Text as text, which is half the size, can be searched, and looks alike in Verdana where DejaVu Sans is not there.
+    # Text as text, which is smaller and can be searched; where DejaVu Sans is not there, its relative Verdana may be.
     "svg.fonttype": "none",
     "savefig.bbox": "tight",
 }
@@ -86,7 +86,7 @@ def _shorter(path: re.Match[str]) -> str:
 def save(figure: Any, name: str, *, root: Path | None = None) -> list[Path]:
     """Write ``<root>/figures/<name>.svg`` and ``.png`` and return their paths; the same figure gives the same files.
 
-    The PNG has a palette of 256 colours and the SVG's paths have two decimals, for files of a third and half the size.
+    The PNG has a palette of 256 colours and the SVG's paths have two decimals: files are in git, and redrawn often.
     """
     from PIL import Image
 

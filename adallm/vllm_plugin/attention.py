@@ -136,7 +136,7 @@ class Impl(TritonAttentionImpl):
         given = {"alibi": self.alibi_slopes is not None, "sinks": self.sinks is not None}
         self._version = prefill.version(head_size, **given) if alone else None
         self._flash: FlashAttention | None = None
-        # What has passed the checks of our kernels, which take as long as a launch: steps by their sizes, and writes.
+        # What has passed the checks of our kernels and needs them no more: steps by their sizes, and writes.
         self._steps: dict[tuple[int, int, bool], Shape] = {}
         self._written = False
 
