@@ -36,9 +36,10 @@ _FILLED, _SPLIT_TO, _SPLIT_UNDER = 1.5, 3, 5
 # Output tiles that may be split, each of which has a counter.
 MAX_SPLIT_TILES = 4096
 # Tokens from which on a weight that is stored for 16-bit products is multiplied in FP8 by a library, where that is left
-# to us. Timed once on an H100, without a record: up to 512 tokens W4A16 took 2% longer at most, from 640 on it was the
-# slower in most layers. Not timed on sm_89: an estimate of where expanding the weight is paid for.
-FP8_FROM = {"sm_90": 513, "sm_89": 384}
+# to us. sm_90, without a record: W4A16 kernels are the slower from 640 tokens on, but one launch in place of four, and
+# in steps of vLLM with a prompt of up to 1,500 tokens, outside CUDA graphs, the host was waited for.
+# Not timed on sm_89: an estimate of where expanding the weight is paid for.
+FP8_FROM = {"sm_90": 1025, "sm_89": 384}
 # us, us and bytes a us, written and read.
 _START, _JOIN, _RATE = 2.0, 2.0, 5e6
 
