@@ -130,8 +130,10 @@ def fp8_cache(rows: Sequence[Mapping[str, Any]], record: Mapping[str, Any]) -> A
             ratios = [ratio for _, ratio in found]
             bars = axes.bar(at, ratios, width, color=COLORS[1 + i], hatch=HATCHES[1 + i], edgecolor="white")
             bars.set_label(title)
-            axes.bar_label(bars, fmt="%.2f", fontsize=6, padding=1)
-        axes.axhline(1, color=GREY, linewidth=0.8)
+            # A label below 1 stands on the line.
+            for label in axes.bar_label(bars, fmt="%.2f", fontsize=6, padding=1):
+                label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})
+        axes.axhline(1, color=GREY, linewidth=0.8, zorder=1)
         axes.set_xticks(range(len(keys)), [_measure(*key, None) for key in keys])
         axes.grid(axis="x", visible=False)
         axes.set_xlabel("sequences")
