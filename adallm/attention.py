@@ -179,9 +179,10 @@ def paged_decode(
             not fit; an E4M3 cache before sm_89.
     """
     options = {"window": window, "soft_cap": soft_cap, "sinks": sinks, "alibi_slopes": alibi_slopes}
-    options |= {"fp8_queries": fp8_queries, "k": k, "v": v, "slot_mapping": slot_mapping}
+    options["fp8_queries"] = fp8_queries
     if checked is None or not q.is_cuda:
-        shape = check_decode(q, k_cache, v_cache, block_table, seq_lens, k_scale, v_scale, **options)
+        new = {"k": k, "v": v, "slot_mapping": slot_mapping}
+        shape = check_decode(q, k_cache, v_cache, block_table, seq_lens, k_scale, v_scale, **options, **new)
         if out is None:
             out = torch.empty_like(q, memory_format=torch.contiguous_format)
         elif out.shape != q.shape or out.dtype != q.dtype or out.device != q.device or out.stride(-1) != 1:
@@ -189,9 +190,9 @@ def paged_decode(
                 f"out is {out.dtype} {list(out.shape)} on {out.device}; it must be {q.dtype} {list(q.shape)} on "
                 f"{q.device}, stride 1 along D"
             )
-    given = options | {"scale": scale, "k_scale": k_scale, "v_scale": v_scale}
-    if not q.is_cuda:
-        return out.copy_(paged_decode_reference(q, k_cache, v_cache, block_table, seq_lens, **given))
+        if not q.is_cuda:
+            given = options | new | {"scale": scale, "k_scale": k_scale, "v_scale": v_scale}
+            return out.copy_(paged_decode_reference(q, k_cache, v_cache, block_table, seq_lens, **given))
     from adallm.kernels import choice, decode, decode_choice
 
     gpu = choice.gpu(q.device.index)
@@ -220,7 +221,13 @@ def paged_decode(
             programs=programs,
             partial=workspace.partial,
             arrivals=workspace.arrivals,
-            **given | {name: None if x is None else shape.whole(x) for name, x in (("k", k), ("v", v))},
+            scale=scale,
+            k=None if k is None else shape.whole(k),
+            v=None if v is None else shape.whole(v),
+            slot_mapping=slot_mapping,
+            k_scale=k_scale,
+            v_scale=v_scale,
+            **options,
         )
     return out
 

@@ -10,7 +10,7 @@ from triton.runtime.jit import JITFunction
 from adallm import fp8
 from adallm.kernels import sizes
 from adallm.kernels import start as module
-from adallm.kernels.start import start
+from adallm.kernels.start import Launch
 
 
 class Compiled:
@@ -25,11 +25,11 @@ class Compiled:
 
 @pytest.fixture
 def kernel(monkeypatch):
-    """A kernel of three arguments and two constants; what Triton was asked to find is in ``asked``."""
+    """A kernel of five arguments, two of them constants; what Triton was asked to find is in ``asked``."""
 
     class Kernel(JITFunction):
         def __init__(self):
-            self.arg_names, self.asked, self.calls = ["x", "n", "s", "A", "B"], [], []
+            self.arg_names, self.asked, self.calls = ["x", "s", "n", "A", "B"], [], []
 
         def __getitem__(self, grid):
             def find(*args, **constants):
@@ -44,27 +44,35 @@ def kernel(monkeypatch):
 
 
 X = torch.zeros(64)
+CONSTANTS = {"B": True, "A": 1, "num_warps": 4}
 
 
-def launched(kernel, x=X, n=3, s=1.5, grid=(2,), **constants):
-    start(kernel, grid, (x, n, s), **{"B": True, "A": 1, "num_warps": 4} | constants)
+def launched(kernel, x=X, n=3, s=1.5, **constants):
+    return Launch(kernel, (n,), **CONSTANTS | constants)((2,), x, s)
 
 
 def test_the_second_launch_is_of_what_the_first_has_found(kernel):
-    for n in (3, 5, 7):
-        launched(kernel, n=n, s=n / 2)
-    assert kernel.asked == [((2,), (X, 3, 1.5), {"B": True, "A": 1, "num_warps": 4})]
-    # Constants follow in the order of the signature; a grid has three sizes.
-    assert kernel.calls == [((2, 1, 1), (X, 5, 2.5, 1, True)), ((2, 1, 1), (X, 7, 3.5, 1, True))]
-    launched(kernel, grid=(2, 3, 4))
-    assert kernel.calls[-1][0] == (2, 3, 4)
+    launch = Launch(kernel, (3,), **CONSTANTS)
+    others = torch.zeros(64), torch.zeros(64)
+    assert launch((2,), X, 1.5) is not None
+    assert [launch((5,), others[0], 2.5), launch((2, 3, 4), others[1], 3.5)] == [None, None]
+    assert kernel.asked == [((2,), (X, 1.5, 3), CONSTANTS)]
+    # Tensors are addresses. Constants follow in the order of the signature; a grid has three sizes.
+    at = [x.data_ptr() for x in others]
+    assert kernel.calls == [((5, 1, 1), (at[0], 2.5, 3, 1, True)), ((2, 3, 4), (at[1], 3.5, 3, 1, True))]
+
+
+def test_launches_that_are_alike_share_what_was_found(kernel):
+    assert launched(kernel, n=3) is launched(kernel, n=5, s=2.5)
+    assert kernel.calls == [((2, 1, 1), (X, 2.5, 5, 1, True))]
+    assert len(kernel.asked) == 1
 
 
 @pytest.mark.parametrize(
     "other",
     [
         {"n": 1}, {"n": 16}, {"n": 2**31}, {"n": 2**35},
-        {"n": -(2**31) - 1}, {"x": X[1:]}, {"x": X.half()}, {"x": None}, {"s": None},
+        {"n": -(2**31) - 1}, {"x": X[1:]}, {"x": X.half()}, {"x": None}, {"s": None}, {"s": 2},
         {"s": X}, {"A": 2}, {"B": False}, {"num_warps": 8},
     ],
 )  # fmt: skip
@@ -74,10 +82,20 @@ def test_what_triton_specializes_on_is_asked_for_again(kernel, other):
     assert len(kernel.asked) == 2
 
 
+@pytest.mark.parametrize("other", [(X[1:], 1.5), (None, 1.5), (X, None), (X, 2), (X, X), (X, X[1:])])
+def test_one_launch_tells_them_apart_too(kernel, other):
+    launch = Launch(kernel, (3,), **CONSTANTS)
+    for args in ((X, 1.5), other, (X, 1.5), other):
+        launch((2,), *args)
+    assert [args for _, args, _ in kernel.asked] == [(X, 1.5, 3), (*other, 3)]
+    assert len(kernel.calls) == 2
+
+
 def test_each_device_has_kernels_of_its_own(kernel, monkeypatch):
-    launched(kernel)
+    launch = Launch(kernel, (3,), **CONSTANTS)
+    launch((2,), X, 1.5)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    launched(kernel)
+    launch((2,), X, 1.5)
     assert len(kernel.asked) == 2
 
 
@@ -86,7 +104,8 @@ def test_what_is_no_kernel_of_tritons_compiler_is_called():
         def __getitem__(self, grid):
             return lambda *args, **constants: (grid, args, constants)
 
-    assert start(Stand(), (1,), (2,), A=3) == ((1,), (2,), {"A": 3})
+    for _ in range(2):
+        assert Launch(Stand(), (2,), A=3)((1,), 5) == ((1,), (5, 2), {"A": 3})
 
 
 def test_integers_are_told_apart_as_triton_does():

@@ -21,6 +21,10 @@ the exponents of the weights, so that both stay below 1.
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -30,7 +34,7 @@ from adallm.kernels.decode_join import LOG2E, TEAM, join, out_scale
 from adallm.kernels.dequant import to_e4m3, token_scale
 from adallm.kernels.keys import fix_keys
 from adallm.kernels.sizes import next_power_of_2
-from adallm.kernels.start import start
+from adallm.kernels.start import Launch
 from adallm.kernels.write_kv import write_head
 from adallm.paged import Scale, Shape, kind_of
 
@@ -389,6 +393,47 @@ def paged_decode_kernel(
         stop = tl.maximum(start, before)
 
 
+@functools.lru_cache(maxsize=1 << 12)
+def _launch(
+    kernel: Any,
+    shape: Shape,
+    config: Config,
+    numbers: tuple[Any, ...],
+    dtypes: tuple[torch.dtype, ...],
+    scales: str,
+    windowed: bool,
+    fp8_queries: bool,
+    fast: bool,
+) -> Launch:
+    """For steps of these sizes; the dtypes, of queries, cache and output, tell one from another."""
+    m, columns = rows(shape), next_power_of_2(shape.head_size)
+    joined = min(next_power_of_2(shape.queries * (shape.q_heads // shape.kv_heads)), m)
+    return Launch(
+        kernel,
+        numbers,
+        T=shape.queries,
+        G=shape.q_heads // shape.kv_heads,
+        M=m,
+        D=shape.head_size,
+        DP=columns,
+        BLOCK=shape.block_size,
+        N=config.n,
+        ROWS=joined,
+        PARTS=min(max(_NUMBERS * config.warps // (joined * columns), 1), TEAM.value),
+        BATCH=most_sequences(shape.batch),
+        WHOLE=config.whole,
+        EIGHT=dtypes[1].itemsize == 1,
+        SCALES=scales,
+        CAP=numbers[-2] > 0,
+        WINDOW=windowed,
+        FP8_QUERIES=fp8_queries,
+        FAST=fast,
+        num_warps=config.warps,
+        num_stages=config.stages,
+        maxnreg=config.registers,
+    )
+
+
 def launch(
     q: Tensor,
     k_cache: Tensor,
@@ -424,64 +469,35 @@ def launch(
     """
     if not shape.batch:
         return
-    m, columns = rows(shape), next_power_of_2(shape.head_size)
-    joined = min(next_power_of_2(shape.queries * (shape.q_heads // shape.kv_heads)), m)
     pair = 2 if k_cache.itemsize == 1 else 1
     key_pair = 1 if fp8_queries else pair
-    start(
-        paged_decode_kernel,
-        (programs,),
-        (
-            q,
-            k,
-            v,
-            slot_mapping,
-            k_cache,
-            v_cache,
-            block_table,
-            seq_lens,
-            k_scale,
-            v_scale,
-            sinks,
-            alibi_slopes,
-            out,
-            partial,
-            arrivals,
-            shape.batch,
-            config.parts,
-            shape.kv_heads,
-            *(stride // key_pair for stride in q.stride()[:3]),
-            *((0, 0, 0) if k is None else k.stride()[:3]),
-            *((0, 0, 0) if v is None else v.stride()[:3]),
-            *(stride // key_pair for stride in k_cache.stride()[:3]),
-            *(stride // pair for stride in v_cache.stride()[:3]),
-            block_table.stride(0),
-            *out.stride()[:3],
-            scale,
-            float(soft_cap),
-            window or 0,
-        ),
-        T=shape.queries,
-        G=shape.q_heads // shape.kv_heads,
-        M=m,
-        D=shape.head_size,
-        DP=columns,
-        BLOCK=shape.block_size,
-        N=config.n,
-        ROWS=joined,
-        PARTS=min(max(_NUMBERS * config.warps // (joined * columns), 1), TEAM.value),
-        BATCH=most_sequences(shape.batch),
-        WHOLE=config.whole,
-        EIGHT=k_cache.itemsize == 1,
-        SCALES=kind_of(k_scale),
-        CAP=soft_cap > 0,
-        WINDOW=window is not None,
-        FP8_QUERIES=fp8_queries,
-        FAST=q.device.type != "cpu",
-        num_warps=config.warps,
-        num_stages=config.stages,
-        maxnreg=config.registers,
+    numbers = (
+        config.parts,
+        shape.kv_heads,
+        *(stride // key_pair for stride in q.stride()[:3]),
+        *((0, 0, 0) if k is None else k.stride()[:3]),
+        *((0, 0, 0) if v is None else v.stride()[:3]),
+        *(stride // key_pair for stride in k_cache.stride()[:3]),
+        *(stride // pair for stride in v_cache.stride()[:3]),
+        block_table.stride(0),
+        *out.stride()[:3],
+        scale,
+        float(soft_cap),
+        window or 0,
     )
+    again = _launch(
+        paged_decode_kernel,
+        shape,
+        config,
+        numbers,
+        (q.dtype, k_cache.dtype, out.dtype),
+        kind_of(k_scale),
+        window is not None,
+        fp8_queries,
+        not q.is_cpu,
+    )
+    tensors = (q, k, v, slot_mapping, k_cache, v_cache, block_table, seq_lens, k_scale, v_scale, sinks, alibi_slopes)
+    again((programs,), *tensors, out, partial, arrivals, shape.batch)
 
 
 fix_keys(globals())

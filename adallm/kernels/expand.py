@@ -7,6 +7,9 @@ are in ``FP8_COLUMNS`` order; of words for 16-bit ones, of which E4M3 is made to
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -16,7 +19,7 @@ from adallm.kernels.dequant import VALUE_POWER, fours, operand, to_dtype, to_e4m
 from adallm.kernels.keys import fix_keys
 from adallm.kernels.layout import Packed, padded
 from adallm.kernels.sizes import cdiv
-from adallm.kernels.start import start
+from adallm.kernels.start import Launch
 
 KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float8_e4m3fn: "fp8"}
 _R, _C, _WARPS = 4, 2, 4
@@ -81,11 +84,16 @@ def expand(
         of_16: float8_e4m3fn of words for 16-bit products; else of words for FP8 products, k a multiple of 64.
     """
     out = torch.empty(n, k, dtype=dtype, device=words.device)
-    grid = (cdiv(words.shape[0], _R), cdiv(words.shape[1], _C))
-    kind, fast = KINDS[dtype], words.device.type != "cpu"
-    kind += " of 16" * (of_16 and kind == "fp8")
-    start(nvfp4_expand, grid, (words, scales, shift, out, n, k), R=_R, C=_C, KIND=kind, FAST=fast, num_warps=_WARPS)
+    again = _launch(nvfp4_expand, n, k, dtype, of_16, not words.is_cpu)
+    again((cdiv(words.shape[0], _R), cdiv(words.shape[1], _C)), words, scales, shift, out)
     return out
+
+
+@functools.lru_cache(maxsize=1 << 10)
+def _launch(kernel: Any, n: int, k: int, dtype: torch.dtype, of_16: bool, fast: bool) -> Launch:
+    kind = KINDS[dtype]
+    kind += " of 16" * (of_16 and kind == "fp8")
+    return Launch(kernel, (n, k), R=_R, C=_C, KIND=kind, FAST=fast, num_warps=_WARPS)
 
 
 def fp8_values(p: Packed) -> Tensor:

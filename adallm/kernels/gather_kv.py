@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -9,7 +13,7 @@ from torch import Tensor
 from adallm.kernels.dequant import to_dtype
 from adallm.kernels.keys import fix_keys
 from adallm.kernels.sizes import cdiv, next_power_of_2
-from adallm.kernels.start import start
+from adallm.kernels.start import Launch
 from adallm.paged import Scale, kind_of
 
 _TOKENS = 32  # of a block
@@ -64,6 +68,31 @@ def gather_kv_kernel(
     _gather(v, v_cache, v_h, v_scale, block * v_b + j % BLOCK * v_t, row, inside, h, heads, D, d, SCALES, FAST)
 
 
+@functools.lru_cache(maxsize=1 << 10)
+def _launch(
+    kernel: Any,
+    numbers: tuple[int, ...],
+    d: int,
+    block: int,
+    dtype: torch.dtype,
+    of_cache: torch.dtype,
+    scales: str,
+    fast: bool,
+) -> Launch:
+    """For heads and a cache of these sizes; the dtypes tell one from another."""
+    return Launch(
+        kernel,
+        numbers,
+        BLOCK=block,
+        TOKENS=_TOKENS,
+        D=d,
+        DP=next_power_of_2(d),
+        SCALES=scales,
+        FAST=fast,
+        num_warps=4,
+    )
+
+
 def launch(
     k_cache: Tensor,
     v_cache: Tensor,
@@ -80,31 +109,11 @@ def launch(
     sequences, (heads, d) = starts.shape[0] - 1, k.shape[1:]
     if not longest or not sequences:
         return
-    start(
-        gather_kv_kernel,
-        (cdiv(longest, _TOKENS), sequences, heads),
-        (
-            k_cache,
-            v_cache,
-            block_table,
-            starts,
-            k,
-            v,
-            k_scale,
-            v_scale,
-            heads,
-            *k_cache.stride()[:3],
-            *v_cache.stride()[:3],
-            block_table.stride(0),
-        ),
-        BLOCK=k_cache.shape[1],
-        TOKENS=_TOKENS,
-        D=d,
-        DP=next_power_of_2(d),
-        SCALES=kind_of(k_scale) if k_cache.itemsize == 1 else "none",
-        FAST=k.device.type != "cpu",
-        num_warps=4,
-    )
+    numbers = (heads, *k_cache.stride()[:3], *v_cache.stride()[:3], block_table.stride(0))
+    scales = kind_of(k_scale) if k_cache.itemsize == 1 else "none"
+    again = _launch(gather_kv_kernel, numbers, d, k_cache.shape[1], k.dtype, k_cache.dtype, scales, not k.is_cpu)
+    grid = (cdiv(longest, _TOKENS), sequences, heads)
+    again(grid, k_cache, v_cache, block_table, starts, k, v, k_scale, v_scale)
 
 
 fix_keys(globals())

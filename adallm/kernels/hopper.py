@@ -13,6 +13,10 @@ there, and it adds that to its own, in order. It waits for none but blocks that 
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
+import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -21,10 +25,11 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warp
 from triton.language.extra.cuda import gdc_wait
 
 from adallm.kernels import dequant, matmul
+from adallm.kernels.expand import KINDS
 from adallm.kernels.hopper_weights import weights
 from adallm.kernels.keys import fix_keys
-from adallm.kernels.matmul import Config, arguments, blocks, constants, promote, shares
-from adallm.kernels.start import start
+from adallm.kernels.matmul import Config, blocks, constants, partial, promote, shares
+from adallm.kernels.start import Launch
 
 _ASM_PACK = gl.constexpr(matmul._ASM_PACK.value)
 _ASM_UNPACK = gl.constexpr(matmul._ASM_UNPACK.value)
@@ -329,6 +334,31 @@ def nvfp4_matmul_hopper(
         _write(acc, rows, x_scale, bias, out, M, N, out_stride, block_n, block_m, R, BM, KIND)
 
 
+@functools.lru_cache(maxsize=1 << 12)
+def _launch(
+    kernel: Any,
+    config: Config,
+    n: int,
+    k: int,
+    x_stride: int,
+    out_stride: int,
+    dtypes: tuple[torch.dtype, ...],
+    programs: int,
+    split: bool,
+) -> Launch:
+    """Of a configuration and a weight's size, for numbers of tokens that have as many programs."""
+    kind = KINDS[dtypes[0]]
+    return Launch(
+        kernel,
+        (n, k, x_stride, out_stride, programs),
+        **constants(config, kind, split=split),
+        STAGES=config.stages,
+        PROMOTE=promote(config, k) if kind == "fp8" else 0,
+        num_warps=config.warps,
+        launch_pdl=kind == "fp8" and config.m == 256,
+    )
+
+
 def launch(
     x: Tensor,
     words: Tensor,
@@ -346,22 +376,16 @@ def launch(
     Raises:
         ValueError: K that is no multiple of two steps, or more programs than those of all tiles.
     """
-    k = x.shape[1]
-    programs, tiles = shares(config, *out.shape), blocks(config, *out.shape)
+    (m, k), n = x.shape, out.shape[1]
+    programs, tiles = shares(config, m, n), blocks(config, m, n)
     if k % config.step or programs > tiles * (k // config.step):
         raise ValueError(
             f"K is {k}; {config} takes a multiple of {config.step}, and has {programs} programs for {tiles} tiles"
         )
-    start(
-        nvfp4_matmul_hopper,
-        (programs,),
-        (*arguments(x, words, scales, row_scale, out, config, x_scale, bias, arrivals),),
-        **constants(config, x, out),
-        STAGES=config.stages,
-        PROMOTE=promote(config, k) if x_scale is not None else 0,
-        num_warps=config.warps,
-        launch_pdl=x_scale is not None and config.m == 256,
-    )
+    dtypes = (x.dtype, out.dtype, None if bias is None else bias.dtype)
+    again = _launch(nvfp4_matmul_hopper, config, n, k, x.stride(0), out.stride(0), dtypes, programs, programs != tiles)
+    sums = partial(x, config, m, n, fp8=x_scale is not None)
+    again((programs,), x, words, scales, row_scale, x_scale, bias, out, sums, arrivals, m)
 
 
 fix_keys(globals())

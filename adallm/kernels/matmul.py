@@ -11,6 +11,7 @@ that comes last adds them in order, so that the result does not depend on who th
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ from adallm.kernels.expand import KINDS
 from adallm.kernels.keys import fix_keys
 from adallm.kernels.layout import TILE_K, TILE_N
 from adallm.kernels.sizes import cdiv
-from adallm.kernels.start import start
+from adallm.kernels.start import Launch
 
 
 @dataclass(frozen=True)
@@ -267,33 +268,51 @@ def promote(config: Config, k: int) -> int:
     return PROMOTE_COLUMNS // (config.slices * config.k) if columns > PROMOTE_COLUMNS else 0
 
 
-def arguments(
-    x: Tensor,
-    words: Tensor,
-    scales: Tensor,
-    row_scale: Tensor,
-    out: Tensor,
-    config: Config,
-    x_scale: Tensor | None,
-    bias: Tensor | None,
-    arrivals: Tensor | None,
-) -> tuple[Any, ...]:
-    """What this module's kernel and ``hopper.py``'s take, with a workspace for split tiles."""
-    (m, k), n, partial = x.shape, out.shape[1], None
-    fp8 = x_scale is not None
-    if sums := workspace(config, m, n, fp8=fp8):
-        dtype = torch.int32 if config.overlap and fp8 else torch.float32
-        partial = torch.empty(sums, dtype=dtype, device=x.device)
-    tensors = (x, words, scales, row_scale, x_scale, bias, out, partial, arrivals)
-    count = shares(config, m, n) if config.overlap else config.splits
-    return *tensors, m, n, k, x.stride(0), out.stride(0), count
+def partial(x: Tensor, config: Config, m: int, n: int, *, fp8: bool) -> Tensor | None:
+    """The workspace on the device of ``x``, or None if there is nothing to leave."""
+    if not (sums := workspace(config, m, n, fp8=fp8)):
+        return None
+    return torch.empty(sums, dtype=torch.int32 if config.overlap and fp8 else torch.float32, device=x.device)
 
 
-def constants(config: Config, x: Tensor, out: Tensor) -> dict[str, Any]:
-    """Those that both kernels have."""
-    split = shares(config, *out.shape) != blocks(config, *out.shape)
+def constants(config: Config, kind: str, *, split: bool) -> dict[str, Any]:
+    """Those that this module's kernel and ``hopper.py``'s have.
+
+    Args:
+        split: blocks share output tiles.
+    """
     tile = {"R": config.n // TILE_N, "BM": config.m, "C": config.k // TILE_K}
-    return tile | {"SPLIT": split, "GROUP": GROUP, "KIND": KINDS[x.dtype]}
+    return tile | {"SPLIT": split, "GROUP": GROUP, "KIND": kind}
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _launch(
+    kernel: Any,
+    config: Config,
+    n: int,
+    k: int,
+    x_stride: int,
+    out_stride: int,
+    dtypes: tuple[torch.dtype, ...],
+    *,
+    split: bool,
+    fast: bool,
+) -> Launch:
+    """Of a configuration and a weight's size, for any number of tokens."""
+    kind = KINDS[dtypes[0]]
+    return Launch(
+        kernel,
+        (n, k, x_stride, out_stride, config.splits),
+        **constants(config, kind, split=split),
+        SLICES=config.slices,
+        PROMOTE=promote(config, k) if fast and kind == "fp8" else 0,
+        EVEN_K=k % (config.slices * config.k) == 0,
+        FAST=fast,
+        # As many blocks as fit the shared memory, which the compiler does not know of: eight at most.
+        maxnreg=64 if config.m == 8 and config.slices == 1 else None,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
 
 
 def launch(
@@ -317,23 +336,22 @@ def launch(
         x_scale: float32 ``[M]``, with float8_e4m3fn.
         arrivals: int32, at least ``blocks(config, M, N)`` zeros, where blocks share tiles; zero again after.
     """
-    k = x.shape[1]
-    fast = x.device.type != "cpu"
-    kernel = start(
+    (m, k), n, tiles = x.shape, out.shape[1], blocks(config, *out.shape)
+    dtypes = (x.dtype, out.dtype, None if bias is None else bias.dtype)
+    again = _launch(
         nvfp4_matmul,
-        (blocks(config, *out.shape), config.splits),
-        (*arguments(x, words, scales, row_scale, out, config, x_scale, bias, arrivals),),
-        **constants(config, x, out),
-        SLICES=config.slices,
-        PROMOTE=promote(config, k) if fast and x_scale is not None else 0,
-        EVEN_K=k % (config.slices * config.k) == 0,
-        FAST=fast,
-        # As many blocks as fit the shared memory, which the compiler does not know of: eight at most.
-        maxnreg=64 if config.m == 8 and config.slices == 1 else None,
-        num_warps=config.warps,
-        num_stages=config.stages,
+        config,
+        n,
+        k,
+        x.stride(0),
+        out.stride(0),
+        dtypes,
+        split=config.splits > 1,
+        fast=not x.is_cpu,
     )
-    if x.is_cuda and kernel.hash not in _CHECKED:
+    sums = partial(x, config, m, n, fp8=x_scale is not None)
+    kernel = again((tiles, config.splits), x, words, scales, row_scale, x_scale, bias, out, sums, arrivals, m)
+    if x.is_cuda and kernel is not None and kernel.hash not in _CHECKED:
         check_registers(kernel.asm["ttgir"])
         _CHECKED.add(kernel.hash)
 

@@ -128,20 +128,27 @@ def _read(how: Tensor) -> tuple[str, list[float], list[int]]:
 
 def _check(x: Tensor, x_scale: Tensor | None, words: Tensor, arrivals: Tensor, n: int, fp8: bool) -> None:
     """Raise a ValueError for what the kernels would read or write out of bounds, or take for something else."""
-    wanted = (TILE_N * words.shape[0], TILE_K * words.shape[1])
-    columns = TILE_K if x.dtype == torch.float8_e4m3fn and x_scale is not None else 16
-    if x.dim() != 2 or padded(n, x.shape[1]) != wanted or x.shape[1] % columns:
-        raise ValueError(f"x is {list(x.shape)} and n {n}; stored is a weight of {list(wanted)}, padding included")
-    if x.dtype not in KINDS or (x.dtype == torch.float8_e4m3fn) != (x_scale is not None):
-        given = "with" if x_scale is not None else "without"
-        raise ValueError(f"x is {x.dtype} {given} x_scale; supported: bfloat16, float16, or float8_e4m3fn with x_scale")
+    if (error := _misfit(x.shape, x.dtype, words.shape[0], words.shape[1], n, x_scale is not None)) is not None:
+        raise ValueError(error)
     if x_scale is not None and (not fp8 or x_scale.shape != x.shape[:1] or x_scale.dtype != torch.float32):
         raise ValueError(f"x_scale is {x_scale.dtype} {list(x_scale.shape)}; it must be float32 {list(x.shape[:1])}")
-    if len({t.device for t in (x, words, arrivals)}) > 1 or arrivals.numel() < choice.MAX_SPLIT_TILES:
+    if not x.device == words.device == arrivals.device or arrivals.numel() < choice.MAX_SPLIT_TILES:
         raise ValueError(
             f"x is on {x.device}, words on {words.device}, arrivals {list(arrivals.shape)} on {arrivals.device}; they "
             f"must be on one device, with {choice.MAX_SPLIT_TILES} arrivals"
         )
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _misfit(shape: torch.Size, dtype: torch.dtype, rows: int, columns: int, n: int, scaled: bool) -> str | None:
+    """What is wrong with the tokens, given the tiles of the words; None if nothing is."""
+    wanted, multiple = (TILE_N * rows, TILE_K * columns), TILE_K if dtype == torch.float8_e4m3fn and scaled else 16
+    if len(shape) != 2 or padded(n, shape[1]) != wanted or shape[1] % multiple:
+        return f"x is {list(shape)} and n {n}; stored is a weight of {list(wanted)}, padding included"
+    if dtype not in KINDS or (dtype == torch.float8_e4m3fn) != scaled:
+        given = "with" if scaled else "without"
+        return f"x is {dtype} {given} x_scale; supported: bfloat16, float16, or float8_e4m3fn with x_scale"
+    return None
 
 
 def library(

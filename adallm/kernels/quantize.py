@@ -7,6 +7,9 @@ padded with zeros to a multiple of 64. On Hopper the product behind it may be la
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -19,7 +22,7 @@ from adallm.kernels.dequant import fp8_order, to_e4m3, token_scale
 from adallm.kernels.keys import fix_keys
 from adallm.kernels.layout import padded
 from adallm.kernels.sizes import cdiv, next_power_of_2
-from adallm.kernels.start import start
+from adallm.kernels.start import Launch
 
 # Longest row that a block keeps in registers, and longest piece of a longer one, which it reads again for each pass:
 # registers for a whole one would leave a multiprocessor room for one block.
@@ -102,6 +105,36 @@ def fp8_tokens(
         _write(y, s, data, piece * BLOCK + k, data_stride, BLOCK, ORDERED, FAST)
 
 
+@functools.lru_cache(maxsize=1 << 10)
+def _launch(
+    kernel: Any,
+    numbers: tuple[Any, ...],
+    dtype: torch.dtype,
+    of_weight: torch.dtype | bool,
+    gated: bool,
+    ordered: bool,
+    times: float,
+    early: bool,
+    fast: bool,
+) -> Launch:
+    """For rows of as many columns; the dtypes tell one from another."""
+    k = numbers[0]
+    columns = max(next_power_of_2(k), 64)
+    block = columns if k <= _ONE_PIECE else min(columns // 4, _PIECE)
+    return Launch(
+        kernel,
+        numbers,
+        BLOCK=block,
+        PIECES=cdiv(k, block),
+        INPUT="silu_and_mul" if gated else "rms_norm" if of_weight else "none",
+        ORDERED=ordered,
+        TIMES=times,
+        FAST=fast,
+        EARLY=early,
+        num_warps=max(block // 512, 1) if k <= block else min(block // 256, 16),
+    )
+
+
 def quantize_tokens(
     x: Tensor,
     *,
@@ -142,30 +175,12 @@ def quantize_tokens(
     scale = torch.empty(m, dtype=torch.float32, device=x.device)
     if not m:
         return data, scale
-    columns = max(next_power_of_2(k), 64)
-    block = columns if k <= _ONE_PIECE else min(columns // 4, _PIECE)
-    start(
-        fp8_tokens,
-        (m,),
-        (
-            x,
-            weight,
-            data,
-            scale,
-            k,
-            x.stride(0),
-            data.shape[1],
-            eps,
-        ),
-        BLOCK=block,
-        PIECES=cdiv(k, block),
-        INPUT="silu_and_mul" if gated else "none" if weight is None else "rms_norm",
-        ORDERED=ordered,
-        TIMES=times,
-        FAST=x.device.type != "cpu",
-        EARLY=x.is_cuda and choice.gpu(x.device.index).family == "sm_90",
-        num_warps=max(block // 512, 1) if k <= block else min(block // 256, 16),
+    early = x.is_cuda and choice.gpu(x.device.index).family == "sm_90"
+    numbers = (k, x.stride(0), data.shape[1], eps)
+    again = _launch(
+        fp8_tokens, numbers, x.dtype, weight is not None and weight.dtype, gated, ordered, times, early, not x.is_cpu
     )
+    again((m,), x, weight, data, scale)
     return data, scale
 
 

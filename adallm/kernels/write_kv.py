@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -10,7 +14,7 @@ from adallm.formats import E4M3_MAX
 from adallm.kernels.dequant import to_e4m3, token_scale
 from adallm.kernels.keys import fix_keys
 from adallm.kernels.sizes import next_power_of_2
-from adallm.kernels.start import start
+from adallm.kernels.start import Launch
 from adallm.paged import Scale, kind_of
 
 _MAX = tl.constexpr(E4M3_MAX)
@@ -133,6 +137,33 @@ def write_kv_kernel(
         _write(v, v_n, v_h, v_cache, vc_b, vc_t, vc_h, v_scale, n, slot, heads, BLOCK, HP, D, DP, SCALES, EIGHT, FAST)
 
 
+@functools.lru_cache(maxsize=1 << 10)
+def _launch(
+    kernel: Any,
+    numbers: tuple[int, ...],
+    d: int,
+    block: int,
+    dtype: torch.dtype,
+    of_cache: torch.dtype,
+    scales: str,
+    fast: bool,
+) -> Launch:
+    """For heads and a cache of these sizes; the dtypes tell one from another."""
+    rows, columns = next_power_of_2(numbers[0]), next_power_of_2(d)
+    return Launch(
+        kernel,
+        numbers,
+        BLOCK=block,
+        HP=rows,
+        D=d,
+        DP=columns,
+        SCALES=scales,
+        EIGHT=of_cache.itemsize == 1,
+        FAST=fast,
+        num_warps=min(max(rows * columns // 256, 1), 8),
+    )
+
+
 def launch(
     k: Tensor,
     v: Tensor,
@@ -147,33 +178,11 @@ def launch(
     tokens, heads, d = k.shape
     if not tokens:
         return
-    rows, columns = next_power_of_2(heads), next_power_of_2(d)
-    start(
-        write_kv_kernel,
-        (tokens,),
-        (
-            k,
-            v,
-            k_cache,
-            v_cache,
-            slot_mapping,
-            k_scale,
-            v_scale,
-            heads,
-            *k.stride()[:2],
-            *v.stride()[:2],
-            *k_cache.stride()[:3],
-            *v_cache.stride()[:3],
-        ),
-        BLOCK=k_cache.shape[1],
-        HP=rows,
-        D=d,
-        DP=columns,
-        SCALES=kind_of(k_scale),
-        EIGHT=k_cache.itemsize == 1,
-        FAST=k.device.type != "cpu",
-        num_warps=min(max(rows * columns // 256, 1), 8),
+    numbers = (heads, *k.stride()[:2], *v.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3])
+    again = _launch(
+        write_kv_kernel, numbers, d, k_cache.shape[1], k.dtype, k_cache.dtype, kind_of(k_scale), not k.is_cpu
     )
+    again((tokens,), k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
 
 
 fix_keys(globals())

@@ -139,6 +139,9 @@ class Impl(TritonAttentionImpl):
         # What has passed the checks of our kernels and needs them no more: steps by their sizes, and writes.
         self._steps: dict[tuple[int, int, bool], Shape] = {}
         self._written = False
+        # The cache of the last step, and its keys and values.
+        self._seen: Tensor | None = None
+        self._views: tuple[Tensor, Tensor] | None = None
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
         """Our kernel writes 16 bits."""
@@ -167,10 +170,13 @@ class Impl(TritonAttentionImpl):
 
     def _caches(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values ``[num_blocks, block_size, Hkv, D]`` of vLLM's ``[num_blocks, Hkv, block_size, 2 D]``."""
-        k_cache, v_cache = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
-        if self._quantized and k_cache.dtype != self.fp8_dtype:
-            k_cache, v_cache = k_cache.view(self.fp8_dtype), v_cache.view(self.fp8_dtype)
-        return k_cache, v_cache
+        if kv_cache is not self._seen:
+            k_cache, v_cache = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+            if self._quantized and k_cache.dtype != self.fp8_dtype:
+                k_cache, v_cache = k_cache.view(self.fp8_dtype), v_cache.view(self.fp8_dtype)
+            self._seen, self._views = kv_cache, (k_cache, v_cache)
+            self._steps, self._written = {}, False
+        return self._views
 
     def _scales(self, layer: Any) -> dict[str, Any]:
         if not self._quantized:
@@ -199,7 +205,7 @@ class Impl(TritonAttentionImpl):
         caches = self._caches(kv_cache)
         tokens = step.decodes * step.queries
         new = {}
-        if self._writes and step.decodes <= WRITES_UP_TO:
+        if self._writes and 0 < step.decodes <= WRITES_UP_TO:
             shape = (step.decodes, step.queries, self.num_kv_heads, self.head_size)
             new = {"k": key[:tokens].view(shape), "v": value[:tokens].view(shape)}
             new["slot_mapping"] = step.slot_mapping[:tokens]
