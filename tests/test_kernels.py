@@ -12,6 +12,7 @@ from adallm.kernels.expand import expand, fp8_values
 from adallm.kernels.matmul import Config, launch
 from adallm.kernels.ops import launcher
 from adallm.kernels.quantize import quantize_tokens
+from adallm.kernels.silu import silu_and_mul
 
 CUDA = torch.cuda.is_available()
 HOPPER = CUDA and torch.cuda.get_device_capability() == (9, 0)
@@ -264,6 +265,30 @@ def test_tokens_fused_with_rms_norm_and_with_silu(m, k):
         # Half a step of E4M3, and a little for a value that FP32 puts on the other side of a midpoint.
         assert bool(((data.double() - steps).abs() <= steps.abs() * (2**-4 + 1e-5) + 2**-10).all())
         assert error(data.double() * scale.double()[:, None], expected) <= 4e-2
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, 8), (torch.float16, 11), (torch.float32, 21)])
+@pytest.mark.parametrize(("m", "k"), [(1, 16), (3, 48), (2, 1008), (2, 1024), (5, 2064), (1, 3)])
+def test_silu_and_mul(dtype, bits, m, k):
+    wide = torch.randn(m, 2 * k + 5, device=DEVICE).mul(4).to(dtype)
+    for x in (wide[:, : 2 * k], wide[:, 1 : 2 * k + 1], wide[:, : 2 * k].contiguous(), wide[:, : 2 * k].t()[:].t()):
+        y = silu_and_mul(x)
+        assert (y.shape, y.dtype) == ((m, k), dtype)
+        expected = torch.nn.functional.silu(x[:, :k].double()) * x[:, k:].double()
+        # Rounded once: half a unit in the last place, and a little for FP32 before it.
+        torch.testing.assert_close(y.double(), expected, rtol=2.0**-bits * 1.01, atol=2.0**-24)
+
+
+def test_silu_and_mul_of_what_is_no_number_and_of_no_tokens():
+    x = torch.tensor([[float("nan"), float("inf"), -200.0, 0.0] + [2.0] * 4], device=DEVICE).bfloat16()
+    y = silu_and_mul(x)[0]
+    assert y[0].isnan()
+    assert y[1] == float("inf")
+    assert y[2:].tolist() == [0, 0]
+    assert silu_and_mul(x[:0]).shape == (0, 4)
+    for bad in (x[0], x[:, :7], x.double(), x[:, :0]):
+        with pytest.raises(ValueError, match=r"it must be bfloat16, float16 or float32 \[M, 2 K\]"):
+            silu_and_mul(bad)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

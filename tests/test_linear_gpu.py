@@ -5,6 +5,7 @@ import torch
 
 from adallm import fp8, nvfp4
 from adallm.kernels import choice, layout, ops
+from adallm.kernels.silu import silu_and_mul
 from adallm.linear import FP8Linear, NVFP4Linear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -67,6 +68,38 @@ def test_the_operator_on_every_row_of_the_table(monkeypatch, activations, m, bia
 
 
 TABLES = choice.TABLES["sm_90"]
+
+
+@pytest.mark.parametrize("activations", ["bf16", "fp8", "auto"])
+@pytest.mark.parametrize("m", [1, 40, 130])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_gated_operator(monkeypatch, activations, m, bias):
+    monkeypatch.setattr(choice, "gpu", lambda index: GPU)
+    monkeypatch.setitem(choice.FP8_FROM, "sm_90", 100)
+    t = nvfp4.NVFP4Tensor(*tensors(144, 272, DEVICE, rows=True))
+    p = layout.from_checkpoint(t, fp8=activations == "fp8")
+    b = torch.randn(144, device=DEVICE).bfloat16() if bias else None
+    x = torch.randn(m, 544, device=DEVICE).bfloat16()
+    arrivals = torch.zeros(choice.MAX_SPLIT_TILES, dtype=torch.int32, device=DEVICE)
+    how = ops.described(activations, t.global_scale)
+    rest = (p.words, p.scales, p.row_scale, p.shift, b, arrivals, how, 144, torch.bfloat16)
+    launched = []
+    monkeypatch.setattr(ops, "silu_and_mul", lambda x: launched.append("silu_and_mul") or silu_and_mul(x))
+    y = ops._linear_gated(x, *rest)
+    product = torch.nn.functional.silu(x[:, :272].double()) * x[:, 272:].double()
+    expected = product @ nvfp4.dequantize(t).double().T + (0 if b is None else b.double())
+    in_fp8 = activations == "fp8" or (activations == "auto" and m >= 100 and not bias)
+    assert launched == ([] if in_fp8 else ["silu_and_mul"])
+    assert error(y, expected) <= (4e-2 if in_fp8 else 3.5e-3)
+    assert not in_fp8 or error(y, expected) > 1e-2
+    assert not arrivals.any()
+    # As of the product in BF16, which FP8 activations are not rounded to on their way.
+    plain = ops._linear(silu_and_mul(x), None, *rest)
+    assert error(y, plain.double()) <= (2e-2 if in_fp8 else 0)
+    assert ops._linear_gated(x[:0], *rest).shape == (0, 144)
+    for bad, said in ((x[:, :272], r"gate_up is \[\d+, 272\]"), (x.float(), "x is torch.float32 without x_scale")):
+        with pytest.raises(ValueError, match=said):
+            ops._linear_gated(bad, *rest)
 
 
 def test_how_a_layer_is_described():

@@ -16,6 +16,7 @@ from adallm import attention, nvfp4
 from adallm.kernels import choice, layout, ops
 from adallm.kernels.expand import expand
 from adallm.kernels.quantize import quantize_tokens
+from adallm.kernels.silu import silu_and_mul
 
 torch.manual_seed(0)
 found = {}
@@ -52,6 +53,7 @@ for k in (208, 4112):
     quantize_tokens(x[:, :k])
     quantize_tokens(x[:, :k], weight=torch.randn(k).bfloat16().cuda())
     quantize_tokens(x, gated=True)
+    silu_and_mul(x)
 lengths = torch.tensor([700, 0, 3, 130], dtype=torch.int32)
 for d, cache, options in (
     (128, torch.float8_e4m3fn, {}),

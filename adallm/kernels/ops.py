@@ -1,4 +1,7 @@
-"""The kernels as operators of torch: ``torch.ops.adallm.nvfp4_linear`` and ``torch.ops.adallm.fp8_tokens``.
+"""The kernels as operators of torch, ``torch.ops.adallm``: ``nvfp4_linear``, ``nvfp4_linear_gated``, ``fp8_tokens``.
+
+``nvfp4_linear_gated`` is ``nvfp4_linear`` of ``silu(gate_up[:, :K]) * gate_up[:, K:]``, which it quantizes as it
+computes it where the product is one in FP8: written in 16 bits, and read again for it, it would cost a launch more.
 
 They are registered with fake implementations, so that ``torch.compile`` sees shapes and dtypes and leaves the rest
 alone, and they allocate their output and scratch through torch's allocator, so that CUDA graphs can hold them.
@@ -25,11 +28,16 @@ from adallm.kernels.expand import KINDS, expand
 from adallm.kernels.layout import TILE_K, TILE_N, padded
 from adallm.kernels.matmul import Config
 from adallm.kernels.quantize import quantize_tokens
+from adallm.kernels.silu import silu_and_mul
 
 _LIBRARY = torch.library.Library("adallm", "FRAGMENT")
 _LIBRARY.define(
     "nvfp4_linear(Tensor x, Tensor? x_scale, Tensor words, Tensor scales, Tensor row_scale, Tensor shift, "
     "Tensor? bias, Tensor arrivals, Tensor how, int n, ScalarType dtype) -> Tensor"
+)
+_LIBRARY.define(
+    "nvfp4_linear_gated(Tensor gate_up, Tensor words, Tensor scales, Tensor row_scale, Tensor shift, Tensor? bias, "
+    "Tensor arrivals, Tensor how, int n, ScalarType dtype) -> Tensor"
 )
 _LIBRARY.define(
     "fp8_tokens(Tensor x, Tensor? weight, float eps, bool gated, bool ordered) -> (Tensor, Tensor)",
@@ -78,10 +86,12 @@ def _linear(
     how: Tensor,
     n: int,
     dtype: torch.dtype,
+    *,
+    gated: bool = False,
 ) -> Tensor:
     mode, alphas, stops = _read(how)
     fp8 = mode == "fp8"
-    _check(x, x_scale, words, arrivals, n, fp8)
+    _check(x, x_scale, words, arrivals, n, fp8, gated=gated)
     m = x.shape[0]
     out = torch.empty(m, n, dtype=dtype, device=x.device)
     if not m:
@@ -91,18 +101,24 @@ def _linear(
         x = x.clone(memory_format=torch.contiguous_format)
     if mode == "auto" and in_fp8(m, dtype, bias is not None, choice.gpu(x.device.index)):
         # The factor of the weights is in the scales of the tokens, which spares a launch.
-        x, x_scale = quantize_tokens(x, ordered=True, times=VALUE_POWER.value)
+        x, x_scale = quantize_tokens(x, gated=gated, ordered=True, times=VALUE_POWER.value)
         weight = expand(words, scales, shift, n, x.shape[1], torch.float8_e4m3fn, of_16=True)
         scaled_product(x, x_scale, weight, row_scale, out)
         return out
     if fp8 and x_scale is None:
-        x, x_scale = quantize_tokens(x)
+        x, x_scale = quantize_tokens(x, gated=gated)
+    elif gated:
+        x = silu_and_mul(x)
     config = chosen(m, n, x.shape[1], KINDS[x.dtype], dtype, bias is not None, choice.gpu(x.device.index))
     if config is not None:
         launcher(config)(x, words, scales, row_scale, out, config, x_scale=x_scale, bias=bias, arrivals=arrivals)
         return out
     library(x, words, scales, row_scale, shift, out, x_scale=x_scale, alphas=alphas, stops=stops)
     return out
+
+
+def _linear_gated(gate_up: Tensor, words: Tensor, *args: Any) -> Tensor:
+    return _linear(gate_up, None, words, *args, gated=True)
 
 
 MODES = ("bf16", "fp8", "auto")
@@ -126,9 +142,12 @@ def _read(how: Tensor) -> tuple[str, list[float], list[int]]:
     return MODES[int(mode)], runs[::2], [int(stop) for stop in runs[1::2]]
 
 
-def _check(x: Tensor, x_scale: Tensor | None, words: Tensor, arrivals: Tensor, n: int, fp8: bool) -> None:
+def _check(
+    x: Tensor, x_scale: Tensor | None, words: Tensor, arrivals: Tensor, n: int, fp8: bool, *, gated: bool = False
+) -> None:
     """Raise a ValueError for what the kernels would read or write out of bounds, or take for something else."""
-    if (error := _misfit(x.shape, x.dtype, words.shape[0], words.shape[1], n, x_scale is not None)) is not None:
+    size = (words.shape[0], words.shape[1], n)
+    if (error := _misfit(x.shape, x.dtype, *size, scaled=x_scale is not None, gated=gated)) is not None:
         raise ValueError(error)
     if x_scale is not None and (not fp8 or x_scale.shape != x.shape[:1] or x_scale.dtype != torch.float32):
         raise ValueError(f"x_scale is {x_scale.dtype} {list(x_scale.shape)}; it must be float32 {list(x.shape[:1])}")
@@ -140,11 +159,15 @@ def _check(x: Tensor, x_scale: Tensor | None, words: Tensor, arrivals: Tensor, n
 
 
 @functools.lru_cache(maxsize=1 << 14)
-def _misfit(shape: torch.Size, dtype: torch.dtype, rows: int, columns: int, n: int, scaled: bool) -> str | None:
+def _misfit(
+    shape: torch.Size, dtype: torch.dtype, rows: int, columns: int, n: int, *, scaled: bool, gated: bool
+) -> str | None:
     """What is wrong with the tokens, given the tiles of the words; None if nothing is."""
-    wanted, multiple = (TILE_N * rows, TILE_K * columns), TILE_K if dtype == torch.float8_e4m3fn and scaled else 16
-    if len(shape) != 2 or padded(n, shape[1]) != wanted or shape[1] % multiple:
-        return f"x is {list(shape)} and n {n}; stored is a weight of {list(wanted)}, padding included"
+    wanted, halves = (TILE_N * rows, TILE_K * columns), 2 if gated else 1
+    multiple = TILE_K if dtype == torch.float8_e4m3fn and scaled else 16
+    if len(shape) != 2 or padded(n, shape[1] // halves) != wanted or shape[1] % (multiple * halves):
+        name = "gate_up" if gated else "x"
+        return f"{name} is {list(shape)} and n {n}; stored is a weight of {list(wanted)}, padding included"
     if dtype not in KINDS or (dtype == torch.float8_e4m3fn) != scaled:
         given = "with" if scaled else "without"
         return f"x is {dtype} {given} x_scale; supported: bfloat16, float16, or float8_e4m3fn with x_scale"
@@ -211,12 +234,18 @@ def _on_its_device(op: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _LIBRARY.impl("nvfp4_linear", _on_its_device(_linear), "CUDA")
+_LIBRARY.impl("nvfp4_linear_gated", _on_its_device(_linear_gated), "CUDA")
 _LIBRARY.impl("fp8_tokens", _on_its_device(_tokens), "CUDA")
 
 
 @torch.library.register_fake("adallm::nvfp4_linear", lib=_LIBRARY)
 def _(x, x_scale, words, scales, row_scale, shift, bias, arrivals, how, n, dtype):
     return x.new_empty(x.shape[0], n, dtype=dtype)
+
+
+@torch.library.register_fake("adallm::nvfp4_linear_gated", lib=_LIBRARY)
+def _(gate_up, words, scales, row_scale, shift, bias, arrivals, how, n, dtype):
+    return gate_up.new_empty(gate_up.shape[0], n, dtype=dtype)
 
 
 @torch.library.register_fake("adallm::fp8_tokens", lib=_LIBRARY)

@@ -21,6 +21,7 @@ from adallm.kernels import choice
 from adallm.kernels.dequant import fp8_order, to_e4m3, token_scale
 from adallm.kernels.keys import fix_keys
 from adallm.kernels.layout import padded
+from adallm.kernels.silu import silu
 from adallm.kernels.sizes import cdiv, next_power_of_2
 from adallm.kernels.start import Launch
 
@@ -36,7 +37,7 @@ def _input(x, weight, k, K, rstd, INPUT: tl.constexpr):
     if INPUT == "rms_norm":
         y = y * rstd * tl.load(weight + k, mask=k < K, other=0.0).to(tl.float32)
     elif INPUT == "silu_and_mul":
-        y = y / (1 + tl.exp(-y)) * tl.load(x + K + k, mask=k < K, other=0.0).to(tl.float32)
+        y = silu(y) * tl.load(x + K + k, mask=k < K, other=0.0).to(tl.float32)
     return y
 
 

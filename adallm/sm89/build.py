@@ -23,7 +23,19 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
 
-from adallm.kernels import choice, decode, decode_choice, expand, gather_kv, hopper, matmul, ops, quantize, write_kv
+from adallm.kernels import (
+    choice,
+    decode,
+    decode_choice,
+    expand,
+    gather_kv,
+    hopper,
+    matmul,
+    ops,
+    quantize,
+    silu,
+    write_kv,
+)
 from adallm.kernels.layout import TILE_K, TILE_N
 from adallm.paged import HEAD_SIZES, Shape
 
@@ -33,6 +45,7 @@ KERNEL: dict[Callable[..., Any], tuple[ModuleType, str]] = {
     hopper.launch: (hopper, "nvfp4_matmul_hopper"),
     expand.expand: (expand, "nvfp4_expand"),
     quantize.quantize_tokens: (quantize, "fp8_tokens"),
+    silu.silu_and_mul: (silu, "silu_and_mul_kernel"),
     decode.launch: (decode, "paged_decode_kernel"),
     write_kv.launch: (write_kv, "write_kv_kernel"),
     gather_kv.launch: (gather_kv, "gather_kv_kernel"),
@@ -172,6 +185,9 @@ def builds() -> list[Named]:
         found.append(_named(quantize.quantize_tokens, f"none {k}", {"x": x}))
         found.append(_named(quantize.quantize_tokens, f"rms_norm {k}", {"x": x, "weight": weight}))
         found.append(_named(quantize.quantize_tokens, f"silu_and_mul {k}", {"x": gated, "gated": True}))
+    found.extend(
+        _named(silu.silu_and_mul, kind, {"x": meta(16, 8192, dtype=DTYPES[kind])}) for kind in ("bf16", "fp16")
+    )
     for head_size, queries in itertools.product(HEAD_SIZES, (1, 8)):
         shape = Shape(4, queries, 8, 2, head_size, 100, 16)
         one = dataclasses.replace(shape, batch=1)
