@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from adallm.kernels import choice
-from adallm.vllm_plugin import ahead, compat
+from adallm.vllm_plugin import ahead, compat, fuse
 
 LINEAR = tuple(ahead.Linear(n, k, "auto", False) for n, k in ((6144, 4096), (4096, 4096), (4096, 12288)))
 ATTENTION = ahead.Attention(32, 8, 128, 16, True, 1, 528, False, False, False)
@@ -39,8 +39,14 @@ def names(*jobs):
 def test_what_is_compiled():
     few = dataclasses.replace(JOB, tokens=8, sequences=8, attention=())
     eight = tuple(dataclasses.replace(size, activations="fp8", bias=True) for size in LINEAR)
-    found, twice, fewer, in_fp8 = names(
-        JOB, dataclasses.replace(JOB, linear=LINEAR * 2), few, dataclasses.replace(JOB, linear=eight, dtype="float16")
+    gated = tuple(dataclasses.replace(size, gated=size.k == 12288) for size in LINEAR)
+    found, twice, fewer, in_fp8, of_mlp, few_of_mlp = names(
+        JOB,
+        dataclasses.replace(JOB, linear=LINEAR * 2),
+        few,
+        dataclasses.replace(JOB, linear=eight, dtype="float16"),
+        dataclasses.replace(JOB, linear=gated),
+        dataclasses.replace(few, linear=gated),
     )
     assert found.count("decode") == 5  # one sequence, up to 16, 64, 256 and 1024
     assert {name: found.count(name) for name in ("write_kv", "gather_kv", "expand", "quantize")} == {
@@ -51,6 +57,9 @@ def test_what_is_compiled():
     assert twice == found
     assert set(fewer) == {"matmul"}
     assert {"hopper", "quantize"} <= set(in_fp8)
+    # Behind a gated MLP, in 16 bits and in FP8.
+    assert sorted(of_mlp) == sorted([*found, "silu", "quantize"])
+    assert sorted(few_of_mlp) == sorted([*fewer, "silu"])
 
 
 def test_a_job_survives_its_way_to_the_process():
@@ -93,6 +102,14 @@ def test_it_ends_with_the_engine(process):
     lines = subprocess.run(["ps", "-eo", "pgid=,stat="], capture_output=True, text=True, check=True).stdout.split("\n")
     alive = [line for line in lines if line.split()[:1] == [str(child.pid)] and line.split()[1][0] != "Z"]
     assert alive == []
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_which_sizes_are_behind_a_gated_mlp(monkeypatch, fused):
+    monkeypatch.setattr(fuse, "used", lambda: fused)
+    sizes = [(96, 64), (64, 64), (256, 64), (64, 128)]  # qkv, o, gate_up, down
+    linear = [types.SimpleNamespace(out_features=n, in_features=k, activations="auto", bias=None) for n, k in sizes]
+    assert [(x.n, x.k) for x in ahead._linear(linear) if x.gated] == ([(64, 128)] if fused else [])
 
 
 def test_of_an_engine(monkeypatch):
@@ -139,6 +156,11 @@ for n, k in ((6144, 4096), (4096, 4096), (4096, 12288)):
     layer = NVFP4Linear(t, activations="auto")
     for m in (1, 2, 8, 9, 16, 17, 32, 64, 100, 128, 200, 256, 300, 383, 384, 1000):
         layer(torch.randn(m, k, device="cuda").bfloat16())
+    if k == 12288:
+        for m in (1, 17, 8192):
+            given = layer.words, layer.scales, layer.row_scale, layer.shift, None, layer.arrivals, layer._how, n
+            gate_up = torch.randn(m, 2 * k, device="cuda").bfloat16()
+            torch.ops.adallm.nvfp4_linear_gated(gate_up, *given, torch.bfloat16)
 cache = torch.zeros(64, 16, 8, 256, device="cuda").to(torch.float8_e4m3fn)
 k_cache, v_cache = cache.split(128, dim=-1)
 new = torch.randn(16, 8, 128, device="cuda").bfloat16()
@@ -164,6 +186,7 @@ def test_a_launch_finds_what_was_compiled_ahead(process):
     major, minor = torch.cuda.get_device_capability()
     gpu = choice.gpu(0)
     here = dataclasses.replace(JOB, capability=(major, minor), family=gpu.family, sms=gpu.sms, slug=gpu.slug)
+    here = dataclasses.replace(here, linear=(*LINEAR[:2], dataclasses.replace(LINEAR[2], gated=True)))
     child, cache = process(here)
     assert child.wait(300) == 0
     before = {path.parent.name: path.stem for path in cache.rglob("*.cubin")}

@@ -218,7 +218,11 @@ def test_settings():
     assert Settings.read({"adallm": {"activations": "bf16", "allow_fallback": False}}, environment) == Settings(
         "bf16", "nvfp4", False
     )
+    off = Settings(fuse=False)
+    assert Settings.read(None, {"ADALLM_FUSE": "0"}) == Settings.read({"adallm": {"fuse": False}}, {}) == off
+    assert Settings.read({"adallm": {"fuse": True}}, {"ADALLM_FUSE": "0"}) == Settings()
     for additional, environment, said in (
+        (None, {"ADALLM_FUSE": "off"}, "ADALLM_FUSE is 'off'; supported: 0, 1"),
         (None, {"ADALLM_ACTIVATIONS": "int8"}, "ADALLM_ACTIVATIONS is 'int8'; supported: auto, bf16, fp8"),
         ({"adallm": {"activations": "fp4"}}, {}, "adallm.activations is 'fp4'"),
         ({"adallm": {"activation": "fp8"}}, {}, r"\['activation'\]; supported: activations, lm_head, allow_fallback"),

@@ -33,12 +33,17 @@ logger = logging.getLogger("vllm.adallm")
 
 @dataclasses.dataclass(frozen=True)
 class Linear:
-    """A size of ``NVFP4Linear``, on this rank."""
+    """A size of ``NVFP4Linear``, on this rank.
+
+    Attributes:
+        gated: it may be given both halves of a gated MLP, by ``fuse.py``.
+    """
 
     n: int
     k: int
     activations: str
     bias: bool
+    gated: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,11 +117,21 @@ def start(config: Any, linear: Iterable[NVFP4Linear]) -> None:
         str(config.model_config.dtype).removeprefix("torch."),
         scheduler.max_num_batched_tokens,
         scheduler.max_num_seqs,
-        tuple(dict.fromkeys(Linear(x.out_features, x.in_features, x.activations, x.bias is not None) for x in linear)),
+        tuple(dict.fromkeys(_linear(linear))),
         tuple(dict.fromkeys(_attention(config))),
     )
     if run(job) is not None:
         logger.info("adallm: compiles kernels ahead, in processes of their own")
+
+
+def _linear(linear: Iterable[NVFP4Linear]) -> Iterator[Linear]:
+    from adallm.vllm_plugin import fuse  # here: it imports much of torch, which the other processes do not need
+
+    linear = list(linear)
+    widths = {x.out_features for x in linear} if fuse.used() else set()
+    for x in linear:
+        gated = 2 * x.in_features in widths
+        yield Linear(x.out_features, x.in_features, x.activations, x.bias is not None, gated)
 
 
 def _attention(config: Any) -> Iterator[Attention]:
@@ -199,6 +214,7 @@ def _of_linear(job: Job, size: Linear) -> Iterator[Launch]:
     from adallm.kernels.expand import KINDS, expand
     from adallm.kernels.layout import padded
     from adallm.kernels.quantize import quantize_tokens
+    from adallm.kernels.silu import silu_and_mul
     from adallm.sm89 import build
 
     dtype, fp8 = getattr(torch, job.dtype), size.activations == "fp8"
@@ -212,8 +228,12 @@ def _of_linear(job: Job, size: Linear) -> Iterator[Launch]:
             continue
         seen.add((auto, config))
         if fp8 or auto:
-            times = VALUE_POWER.value if auto else 1.0
-            yield quantize_tokens, {"x": build.meta(16, size.k, dtype=dtype), "ordered": auto, "times": times}
+            given = {"ordered": auto, "times": VALUE_POWER.value if auto else 1.0}
+            yield quantize_tokens, given | {"x": build.meta(16, size.k, dtype=dtype)}
+            if size.gated:
+                yield quantize_tokens, given | {"x": build.meta(16, 2 * size.k, dtype=dtype), "gated": True}
+        elif size.gated:
+            yield silu_and_mul, {"x": build.meta(16, 2 * size.k, dtype=dtype)}
         if config is None:
             of_weight = torch.float8_e4m3fn if auto else of_tokens
             yield expand, build.expanded(size.n, k, of_weight, of_16=auto)

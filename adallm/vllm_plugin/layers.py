@@ -19,7 +19,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 from vllm.model_executor.layers.quantization.modelopt import ModelOptMixedPrecisionConfig, ModelOptNvFp4Config
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-from adallm.vllm_plugin import compat, linear
+from adallm.vllm_plugin import compat, fuse, linear
 from adallm.vllm_plugin.report import Report
 from adallm.vllm_plugin.settings import Settings
 from adallm.vllm_plugin.weights import COMPRESSED_TENSORS, MODELOPT, Names
@@ -42,6 +42,8 @@ class _Ours:
         capability = compat.capability()
         self._activations = self._settings.kind(capability)
         self._where = "reference on a CPU" if capability is None else "Triton"
+        # On a CPU there is no such operator, and W4A16 alone would gain nothing by it.
+        fuse.use(self._settings.fuse and capability is not None and self._activations != "bf16")
         self._report = Report(config)
         self._experts: set[str] = set()  # methods of vLLM that were named in the log
         self._tied = _ties(config)

@@ -11,7 +11,7 @@ from adallm.vllm_plugin.compat import FP8
 
 ACTIVATIONS = ("auto", "bf16", "fp8")
 LM_HEADS = ("checkpoint", "fp8", "nvfp4")
-_BOOLEANS = {"1": True, "true": True, "0": False, "false": False, "": False}
+_BOOLEANS = {"1": True, "true": True, "0": False, "false": False}
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,13 @@ class Settings:
         activations: ``"bf16"`` (W4A16), ``"fp8"`` (W4A8) or ``"auto"``, which chooses by the number of tokens.
         lm_head: ``"fp8"`` (W8A8) or ``"nvfp4"`` (W4A16) to quantize an ``lm_head`` that the checkpoint has in 16 bits.
         allow_fallback: whether layers that our kernels do not run may go to vLLM's.
+        fuse: whether a gated MLP is quantized where it is computed, in models that ``torch.compile`` compiles.
     """
 
     activations: str = "auto"
     lm_head: str = "checkpoint"
     allow_fallback: bool = False
+    fuse: bool = True
 
     @classmethod
     def read(cls, additional_config: Any = None, environment: Mapping[str, str] = os.environ) -> Settings:
@@ -56,12 +58,21 @@ class Settings:
                 raise ValueError(f"{where} is {value!r}; supported: {', '.join(supported)}")
             return value
 
-        fallback = given.get("allow_fallback", environment.get("ADALLM_ALLOW_FALLBACK", ""))
-        if not isinstance(fallback, bool):
-            if str(fallback).lower() not in _BOOLEANS:
-                raise ValueError(f"ADALLM_ALLOW_FALLBACK is {fallback!r}; supported: 0, 1")
-            fallback = _BOOLEANS[str(fallback).lower()]
-        return cls(choice("activations", ACTIVATIONS), choice("lm_head", LM_HEADS), fallback)
+        def switch(name: str, otherwise: bool) -> bool:
+            variable = f"ADALLM_{name.upper()}"
+            value = given.get(name, environment.get(variable, ""))
+            if value == "":
+                return otherwise
+            if str(value).lower() not in _BOOLEANS:
+                raise ValueError(f"{variable} is {value!r}; supported: 0, 1")
+            return _BOOLEANS[str(value).lower()]
+
+        return cls(
+            choice("activations", ACTIVATIONS),
+            choice("lm_head", LM_HEADS),
+            switch("allow_fallback", cls.allow_fallback),
+            switch("fuse", cls.fuse),
+        )
 
     def kind(self, capability: tuple[int, int] | None) -> str:
         """What ``linear.NVFP4Linear`` is asked for on a GPU of this capability; None for a CPU. Where there are no FP8

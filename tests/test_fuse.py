@@ -1,0 +1,276 @@
+"""A gated MLP in compiled graphs: what becomes ``nvfp4_linear_gated``, what does not, and that numbers stay."""
+
+import types
+
+import pytest
+import torch
+from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.functional import silu
+
+pytest.importorskip("vllm", reason="needs vLLM")
+from torch._dynamo.utils import counters
+from torch._inductor import config
+from torch._inductor.decomposition import select_decomp_table
+
+from adallm import nvfp4
+from adallm.kernels import ops
+from adallm.linear import NVFP4Linear
+from adallm.vllm_plugin import compat, fuse, layers
+
+pytestmark = pytest.mark.vllm
+WIDE, K, N = 32, 64, 48
+GATED, PLAIN = torch.ops.adallm.nvfp4_linear_gated.default, torch.ops.adallm.nvfp4_linear.default
+
+
+@pytest.fixture(autouse=True)
+def _as_before():
+    torch._dynamo.reset()
+    counters.clear()
+    with config.patch(post_grad_fusion_options=dict(config.post_grad_fusion_options), force_disable_caches=True):
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def calls():
+    """The operators on a CPU, for which ``words`` is the weight itself ``[K, N]``; what ran, by name and shape."""
+    ran = []
+
+    def product(x, words, bias, dtype):
+        out = x.float() @ words.float()
+        return (out if bias is None else out + bias.float()).to(dtype)
+
+    def linear(x, x_scale, words, scales, row_scale, shift, bias, arrivals, how, n, dtype):
+        ran.append(("plain", tuple(x.shape)))
+        return product(x, words, bias, dtype)
+
+    def gated(gate_up, words, scales, row_scale, shift, bias, arrivals, how, n, dtype):
+        ran.append(("gated", tuple(gate_up.shape)))
+        k = gate_up.shape[1] // 2
+        x = silu(gate_up[:, :k].float()) * gate_up[:, k:].float()
+        return product(x.to(gate_up.dtype), words, bias, dtype)
+
+    library = torch.library.Library("adallm", "IMPL")
+    library.impl("nvfp4_linear", linear, "CPU")
+    library.impl("nvfp4_linear_gated", gated, "CPU")
+    yield ran
+    library._destroy()
+
+
+class Linear(nn.Module):
+    """As ``NVFP4Linear`` calls its operator."""
+
+    def __init__(self, k, n, dtype=torch.bfloat16, bias=False):
+        super().__init__()
+        self.n = n
+        self.register_buffer("words", torch.randn(k, n).div(8).to(dtype))
+        self.register_buffer("bias", torch.randn(n).to(dtype) if bias else None)
+        self.register_buffer("one", torch.ones(1))
+        self.how = torch.zeros(3)
+
+    def forward(self, x, x_scale=None):
+        shape = x.shape
+        one = self.one
+        x = x.reshape(-1, shape[-1])
+        out = torch.ops.adallm.nvfp4_linear(
+            x, x_scale, self.words, one, one, one, self.bias, one, self.how, self.n, x.dtype
+        )
+        return out.view(*shape[:-1], self.n)
+
+
+def in_order(y, down):
+    return down(silu(y[..., :K]) * y[..., K:])
+
+
+class MLP(nn.Module):
+    def __init__(self, between=in_order, dtype=torch.bfloat16, k=K, bias=False):
+        super().__init__()
+        self.gate_up, self.down, self.between = Linear(WIDE, 2 * K, dtype, bias), Linear(k, N, dtype, bias), between
+
+    def forward(self, x):
+        return self.between(self.gate_up(x), self.down)
+
+
+def compiled(model, x, *, dynamic=True):
+    if dynamic:
+        torch._dynamo.mark_dynamic(x, 0)
+    with torch.inference_mode():
+        return torch.compile(model, fullgraph=True)(x), model(x)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_gated_mlp(calls, dtype, swapped, bias):
+    between = (lambda y, down: down(y[:, K:] * silu(y[:, :K]))) if swapped else in_order
+    fuse.use(True)
+    got, expected = compiled(MLP(between, dtype, bias=bias), torch.randn(8, WIDE).to(dtype))
+    assert calls[:2] == [("plain", (8, WIDE)), ("gated", (8, 2 * K))]
+    assert counters["inductor"][fuse.NAME] == 1
+    # Not rounded between SiLU and product, as eager is.
+    assert float((got.double() - expected.double()).norm() / expected.double().norm()) < 2.0 ** (
+        -8 if dtype == torch.bfloat16 else -11
+    )
+
+
+def test_two_layers_one_behind_the_other(calls):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.join, self.second = MLP(), Linear(N, WIDE), MLP()
+
+        def forward(self, x):
+            return self.second(x + self.join(self.first(x)))
+
+    fuse.use(True)
+    got, expected = compiled(Two(), torch.randn(5, WIDE).bfloat16())
+    assert [name for name, _ in calls[:5]] == ["plain", "gated", "plain", "plain", "gated"]
+    assert float((got.double() - expected.double()).norm() / expected.double().norm()) < 2**-6
+
+
+def kept_product(y, down):
+    x = silu(y[:, :K]) * y[:, K:]
+    return down(x), x
+
+
+OTHERS = {
+    "swapped halves": (lambda y, down: down(silu(y[:, K:]) * y[:, :K]), K),
+    "the same half": (lambda y, down: down(silu(y[:, :K]) * y[:, :K]), K),
+    "less than a half": (lambda y, down: down(silu(y[:, : K - 16]) * y[:, K - 16 : 2 * K - 32]), K - 16),
+    "no halves": (lambda y, down: down(silu(y[:, :K]) * y[:, K // 2 : K // 2 + K]), K),
+    "rows": (lambda y, down: down(silu(y[:4, :K]) * y[4:, K:]), K),
+    "used twice": (kept_product, K),
+    "sigmoid": (lambda y, down: down(torch.sigmoid(y[:, :K]) * y[:, K:]), K),
+    "a scale": (lambda y, down: down(silu(y[:, :K]) * y[:, K:], y[:, 0].float()), K),
+    "in float32": (lambda y, down: down(silu(y[:, :K].float()).float() * y[:, K:].float()), K),
+    "not ours in front": (lambda y, down: in_order(y + 1, down), K),
+    "two of them": (lambda y, down: down(silu(y[:, :K]) * (y + 1)[:, K:]), K),
+    "something between": (lambda y, down: down((silu(y[:, :K]) * y[:, K:]) * 2), K),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_left_as_it_is(calls, name):
+    between, k = OTHERS[name]
+    fuse.use(True)
+    compiled(MLP(between, k=k), torch.randn(8, WIDE).bfloat16(), dynamic=name != "rows")
+    assert calls
+    assert {name for name, _ in calls} == {"plain"}
+
+
+def test_not_asked_for(calls):
+    fuse.use(True)
+    fuse.use(False)
+    compiled(MLP(), torch.randn(8, WIDE).bfloat16())
+    assert {name for name, _ in calls} == {"plain"}
+
+
+def test_views_and_what_is_known_of_the_new_node(calls):
+    model = MLP()
+    trace = make_fx(
+        lambda x: model(x),
+        decomposition_table=select_decomp_table(),
+        tracing_mode="symbolic",
+        _allow_non_fake_inputs=True,
+    )
+    # As Inductor has it before it removes views.
+    made = trace(torch.randn(8, WIDE).bfloat16())
+    views = [node for node in made.graph.nodes if node.target in fuse._VIEWS]
+    (old,) = [node for node in made.graph.nodes if node.target is PLAIN][1:]
+    old.meta["eager_input_vals"] = ()
+    x = torch.randn(8, WIDE).bfloat16()
+    expected = made(x)
+    assert len(views) > 2
+    assert fuse._Pass().apply(made.graph) == 1
+    made.graph.lint()
+    made.recompile()
+    (new,) = [node for node in made.graph.nodes if node.target is GATED]
+    assert new.args[0].target is PLAIN
+    assert new.meta["val"] is old.meta["val"]
+    assert "eager_input_vals" not in new.meta
+    names = {getattr(node.target, "__name__", "") for node in made.graph.nodes}
+    assert not names & {"slice.Tensor", "mul.Tensor", "div.Tensor", "exp.default", "convert_element_type.default"}
+    torch.testing.assert_close(made(x), expected, rtol=2**-6, atol=2**-6)
+    assert fuse._Pass().apply(made.graph) == 0
+
+
+def test_three_dimensions_are_not_those_of_vllm(calls):
+    model = MLP()
+    fuse.use(True)
+    with torch.inference_mode():
+        torch.compile(model)(torch.randn(2, 3, WIDE).bfloat16())
+    assert {name for name, _ in calls} == {"plain"}
+
+
+def test_the_options():
+    config.post_grad_fusion_options = {"decompose_mm_pass": {}}
+    fuse.use(True)
+    first = dict(config.post_grad_fusion_options)
+    fuse.use(True)
+    assert config.post_grad_fusion_options == first == {"decompose_mm_pass": {}, fuse.NAME: {"version": fuse._VERSION}}
+    # By which Inductor's caches, and vLLM's, tell graphs with it from those without.
+    assert config.save_config_portable()["post_grad_fusion_options"] == first
+    assert fuse.used()
+    fuse.use(False)
+    fuse.use(False)
+    assert config.post_grad_fusion_options == {"decompose_mm_pass": {}}
+    assert not fuse.used()
+
+
+@pytest.mark.parametrize(
+    ("capability", "settings", "wanted"),
+    [
+        ((9, 0), {}, True),
+        ((8, 9), {"activations": "fp8"}, True),
+        ((9, 0), {"fuse": False}, False),
+        ((9, 0), {"activations": "bf16"}, False),
+        ((8, 6), {}, False),
+        (None, {}, False),
+    ],
+)
+def test_when_a_quantization_config_asks_for_it(monkeypatch, capability, settings, wanted):
+    monkeypatch.setattr(compat, "capability", lambda: capability)
+    engine = types.SimpleNamespace(additional_config={"adallm": settings}, model_config=None)
+    monkeypatch.setattr(layers, "get_current_vllm_config_or_none", lambda: engine)
+    fuse.use(not wanted)
+    ours = layers._Ours()
+    ours._prepare()
+    ours._prepare()
+    assert fuse.used() is wanted
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activations", ["bf16", "fp8", "auto"])
+@pytest.mark.parametrize("m", [1, 9, 1200])
+def test_on_a_gpu(activations, m):
+    class OnGPU(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate_up, self.down = (
+                NVFP4Linear(nvfp4.quantize(torch.randn(n, k, device="cuda").div(8)), activations=activations)
+                for n, k in ((2176, 512), (320, 1088))
+            )
+
+        def forward(self, x):
+            y = self.gate_up(x)
+            return self.down(silu(y[:, :1088]) * y[:, 1088:])
+
+    model, x = OnGPU(), torch.randn(m, 512, device="cuda").bfloat16()
+    fuse.use(True)
+    run = torch.compile(model, fullgraph=True)
+    got, expected = run(x), model(x).double()
+    assert counters["inductor"][fuse.NAME] == 1
+    assert float((got.double() - expected).norm() / expected.norm()) < (8e-3 if activations == "bf16" else 3e-2)
+    graph = torch.cuda.CUDAGraph()
+    static = torch.randn_like(x)
+    with torch.cuda.graph(graph):
+        out = run(static)
+    static.copy_(x)
+    graph.replay()
+    assert torch.equal(out, got)
+    down = model.down
+    gate_up = model.gate_up(x)
+    given = (gate_up, down.words, down.scales, down.row_scale, down.shift, None, down.arrivals, down._how, 320)
+    torch.library.opcheck(torch.ops.adallm.nvfp4_linear_gated.default, (*given, torch.bfloat16))
+    assert torch.equal(ops._linear_gated(*given, torch.bfloat16), got)
