@@ -1,6 +1,11 @@
 """A gated MLP in compiled graphs: what becomes ``nvfp4_linear_gated``, what does not, and that numbers stay."""
 
+import json
+import os
+import subprocess
+import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,10 +37,8 @@ def _as_before():
     torch._dynamo.reset()
 
 
-@pytest.fixture
-def calls():
-    """The operators on a CPU, for which ``words`` is the weight itself ``[K, N]``; what ran, by name and shape."""
-    ran = []
+def operators(ran):
+    """On a CPU, where ``words`` is the weight itself ``[K, N]``; what runs is noted, by name and shape."""
 
     def product(x, words, bias, dtype):
         out = x.float() @ words.float()
@@ -54,6 +57,14 @@ def calls():
     library = torch.library.Library("adallm", "IMPL")
     library.impl("nvfp4_linear", linear, "CPU")
     library.impl("nvfp4_linear_gated", gated, "CPU")
+    return library
+
+
+@pytest.fixture
+def calls():
+    """What ran."""
+    ran = []
+    library = operators(ran)
     yield ran
     library._destroy()
 
@@ -238,6 +249,84 @@ def test_when_a_quantization_config_asks_for_it(monkeypatch, capability, setting
     ours._prepare()
     ours._prepare()
     assert fuse.used() is wanted
+
+
+IN_VLLM = """
+import json
+import torch
+from torch.nn import functional
+from vllm import ir
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode, VllmConfig, set_current_vllm_config
+from vllm.forward_context import set_forward_context
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.layernorm import RMSNorm
+from adallm.vllm_plugin import fuse
+from test_fuse import K, N, WIDE, Linear, operators
+
+ran = []
+library = operators(ran)
+ir.set_default_torch_wrap(True)  # as on a GPU
+
+@support_torch_compile(dynamic_arg_dims={"x": 0, "residual": 0})
+class Model(torch.nn.Module):
+    def __init__(self, *, vllm_config, prefix=""):
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate_up, self.act, self.down = Linear(WIDE, 2 * K), SiluAndMul(), Linear(K, N)
+        self.before, self.after = (RMSNorm(n, dtype=torch.bfloat16) for n in (WIDE, N))
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor):
+        x, residual = self.before(x, residual)
+        return self.after(self.down(self.act(self.gate_up(x)))), residual
+
+def run():
+    ran.clear()
+    config = VllmConfig(
+        compilation_config=CompilationConfig(
+            mode=CompilationMode.VLLM_COMPILE, backend="inductor", cudagraph_mode=CUDAGraphMode.NONE,
+            splitting_ops=[], custom_ops=["none"],
+        )
+    )
+    config.compilation_config.compile_sizes = []
+    config.compilation_config.compile_ranges_endpoints = [64]
+    config.compilation_config.ir_enable_torch_wrap = True
+    with set_current_vllm_config(config), set_forward_context(None, config), torch.inference_mode():
+        model = Model(vllm_config=config)
+        x, residual = torch.randn(2, 8, WIDE).bfloat16()
+        out, _ = model(x.clone(), residual.clone())
+        model(x[:3].clone(), residual[:3].clone())
+        one = functional.rms_norm((x + residual).float(), [WIDE], eps=1e-6).bfloat16().float()
+        one = one @ model.gate_up.words.float()
+        one = (functional.silu(one[:, :K]) * one[:, K:]) @ model.down.words.float()
+        expected = functional.rms_norm(one, [N], eps=1e-6)
+    error = float((out.float() - expected).norm() / expected.norm())
+    return [name for name, _ in ran], error, str(config.compilation_config.local_cache_dir)
+
+found = []
+for wanted in (False, True, True):
+    fuse.use(wanted)
+    found.append(run())
+print("FOUND " + json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_in_vllms_backend_and_its_caches(tmp_path):
+    environment = os.environ | {
+        "VLLM_CACHE_ROOT": str(tmp_path / "vllm"),
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
+    done = subprocess.run([sys.executable, "-c", IN_VLLM], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+    (without, *errors), (fused, *more), (again, *last) = json.loads(line[6:])
+    assert without == 4 * ["plain"]
+    assert fused == again == 2 * ["plain", "gated"]
+    assert max(error for error, _ in (errors, more, last)) < 1e-2
+    # What was compiled for one is not found by the other.
+    assert errors[1] != more[1] == last[1]
 
 
 @pytest.mark.gpu
