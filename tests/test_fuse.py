@@ -19,7 +19,7 @@ from torch._inductor import config
 from torch._inductor.decomposition import select_decomp_table
 
 from adallm import nvfp4
-from adallm.kernels import ops
+from adallm.kernels import ops  # noqa: F401  defines the operators
 from adallm.linear import NVFP4Linear
 from adallm.vllm_plugin import compat, fuse, layers
 
@@ -358,8 +358,3 @@ def test_on_a_gpu(activations, m):
     static.copy_(x)
     graph.replay()
     assert torch.equal(out, got)
-    down = model.down
-    gate_up = model.gate_up(x)
-    given = (gate_up, down.words, down.scales, down.row_scale, down.shift, None, down.arrivals, down._how, 320)
-    torch.library.opcheck(torch.ops.adallm.nvfp4_linear_gated.default, (*given, torch.bfloat16))
-    assert torch.equal(ops._linear_gated(*given, torch.bfloat16), got)

@@ -221,6 +221,32 @@ def test_the_operators_keep_torchs_rules(activations):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("activations", ["bf16", "fp8", "auto"])
+@pytest.mark.parametrize("m", [1, 9, 300, 1200])
+def test_the_gated_operator_compiled_and_in_a_graph(activations, m):
+    layer, weight, _ = on_gpu(activations=activations, rows=True)
+    rest = (layer.words, layer.scales, layer.row_scale, layer.shift, None, layer.arrivals, layer._how, 320)
+
+    def run(x):
+        return torch.ops.adallm.nvfp4_linear_gated(x, *rest, torch.bfloat16)
+
+    x = torch.randn(m, 2176, device="cuda").bfloat16()
+    y = run(x)
+    in_fp8 = activations == "fp8" or "FP8" in layer.path(m)
+    product = torch.nn.functional.silu(x[:, :1088].double()) * x[:, 1088:].double()
+    assert error(y, product @ weight.T) <= (4e-2 if in_fp8 else 3.5e-3)
+    assert torch.equal(torch.compile(run, fullgraph=True)(x), y)
+    torch.library.opcheck(torch.ops.adallm.nvfp4_linear_gated.default, (x, *rest, torch.bfloat16))
+    graph, static = torch.cuda.CUDAGraph(), torch.randn_like(x)
+    with torch.cuda.graph(graph):
+        out = run(static)
+    static.copy_(x)
+    graph.replay()
+    assert torch.equal(out, y)
+    assert not layer.arrivals.any()
+
+
+@pytest.mark.gpu
 def test_auto():
     """Few tokens as W4A16, bit for bit; many with the values of W4A8."""
     auto, exact, eight = (on_gpu(activations=activations)[0] for activations in ("auto", "bf16", "fp8"))
