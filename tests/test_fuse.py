@@ -232,12 +232,12 @@ def test_the_options():
 @pytest.mark.parametrize(
     ("capability", "settings", "wanted"),
     [
-        ((9, 0), {}, True),
-        ((8, 9), {"activations": "fp8"}, True),
-        ((9, 0), {"fuse": False}, False),
-        ((9, 0), {"activations": "bf16"}, False),
-        ((8, 6), {}, False),
-        (None, {}, False),
+        ((9, 0), {"fuse": True}, True),
+        ((8, 9), {"fuse": True, "activations": "fp8"}, True),
+        ((9, 0), {}, False),
+        ((9, 0), {"fuse": True, "activations": "bf16"}, False),
+        ((8, 6), {"fuse": True}, False),
+        (None, {"fuse": True}, False),
     ],
 )
 def test_when_a_quantization_config_asks_for_it(monkeypatch, capability, settings, wanted):

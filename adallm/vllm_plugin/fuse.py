@@ -15,10 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._dynamo.utils import counters
 from torch._inductor import config
-from torch._inductor.fx_passes.split_cat import POST_GRAD_PATTERNS
-from torch._inductor.pattern_matcher import CallFunction, KeywordArg
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
@@ -36,6 +33,9 @@ def use(wanted: bool) -> None:
     """Fuse in what this process compiles from now on, or do not; again is no error."""
     options = {name: given for name, given in config.post_grad_fusion_options.items() if name != NAME}
     if wanted:
+        # Here: of Inductor's own, and needed by those alone who want it.
+        from torch._inductor.fx_passes.split_cat import POST_GRAD_PATTERNS
+
         POST_GRAD_PATTERNS[NAME] = _Pass()  # first: a name that is not there is an error
         options[NAME] = {"version": _VERSION}
     config.post_grad_fusion_options = options
@@ -53,6 +53,8 @@ class _Pass:
 
     def apply(self, graph: Graph) -> int:
         """How many were fused."""
+        from torch._dynamo.utils import counters
+
         from adallm.kernels import ops  # noqa: F401  defines the operators
 
         found = 0
@@ -114,8 +116,10 @@ def _halves_of(product: Node) -> Node | None:
 
 
 @functools.cache
-def _patterns() -> tuple[CallFunction, ...]:
+def _patterns() -> tuple[Any, ...]:
     """The product, either way round; Inductor has ``silu(a)`` as ``a / (1 + exp(-a))``, in FP32."""
+    from torch._inductor.pattern_matcher import CallFunction, KeywordArg
+
     gate_up, half = KeywordArg("gate_up"), KeywordArg("half")
     gate = CallFunction(aten.slice.Tensor, gate_up, 1, 0, half)
     up = CallFunction(aten.slice.Tensor, gate_up, 1, half, KeywordArg("stop"))
