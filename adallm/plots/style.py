@@ -17,7 +17,8 @@ import matplotlib
 from adallm import results
 
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
-HATCHES = ("", "///", "...", "xxx", "\\\\\\", "++", "oo", "")
+# Of lines: each dot of a hatch would be a path in SVG.
+HATCHES = ("", "///", "---", "xxx", "\\\\\\", "++", "||", "")
 MARKERS = "os^DvPX*"
 GREY = "#555555"
 
