@@ -637,6 +637,43 @@ def test_what_the_backend_takes(monkeypatch):
     assert not Impl(32, 64, 0.125, 1, None, None, "auto")._ours
 
 
+def test_a_step_is_checked_once_for_each_size_and_cache(monkeypatch):
+    from adallm.vllm_plugin import attention
+
+    impl, seen = object.__new__(attention.Impl), []
+    given = {"num_heads": 4, "num_kv_heads": 2, "head_size": 64, "scale": 0.125, "logits_soft_cap": 0.0}
+    ours = {"_ours": True, "_writes": True, "_window": None, "_sinks": None, "_slopes": None, "_flash": None}
+    state = {"_quantized": False, "_steps": {}, "_written": False, "_seen": None, "_views": None}
+    for name, value in (given | ours | state).items():
+        setattr(impl, name, value)
+
+    def decode(q, k_cache, v_cache, *args, checked, **options):
+        seen.append((k_cache.data_ptr(), v_cache.data_ptr() - k_cache.data_ptr(), checked))
+
+    monkeypatch.setattr(attention, "paged_decode", decode)
+    monkeypatch.setattr(attention, "write_kv", lambda *args, checked, **scales: seen.append(checked))
+    monkeypatch.setattr(attention, "WRITES_UP_TO", 2)
+
+    def run(cache, sequences):
+        lines = torch.zeros(sequences, dtype=torch.int32)
+        step = types.SimpleNamespace(
+            decodes=sequences, queries=1, prompts=None, beginning=None, continued=None, workspace=None,
+            num_actual_tokens=sequences, seq_lens=lines, block_table=lines[:, None], slot_mapping=lines.long(),
+        )  # fmt: skip
+        q, kv = torch.zeros(sequences, 4, 64), torch.zeros(sequences, 2, 64)
+        attention.Impl.forward(impl, None, q, kv, kv, cache, step, torch.zeros_like(q))
+
+    first, other = (torch.zeros(blocks, 2, 16, 128) for blocks in (3, 5))
+    for cache, sequences in ((first, 1), (first, 1), (first, 2), (first, 3), (first, 3), (other, 1), (other, 3)):
+        run(cache, sequences)
+    shape = {n: attention.Shape(n, 1, 4, 2, 64, 3, 16) for n in (1, 2, 3)}
+    at = [(cache.data_ptr(), 256) for cache in (first, other)]
+    assert seen == [
+        (*at[0], None), (*at[0], shape[1]), (*at[0], None), False, (*at[0], None), True, (*at[0], shape[3]),
+        (*at[1], None), False, (*at[1], None),
+    ]  # fmt: skip
+
+
 def split(monkeypatch, queries, lengths):
     """What the builder makes of a step, and where its tokens begin."""
     from adallm.vllm_plugin import attention
