@@ -16,6 +16,7 @@ MODEL = "Qwen3-8B"
 OURS = ("adallm-w4a16", "adallm-w4a8", "adallm-auto", "adallm-auto-lm-head")
 # With a BF16 cache -> title, and the same with an FP8 cache; where there are several, the fastest stands for all.
 CACHES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "bf16": ("BF16", ("bf16-fp8kv",)),
     "stock-humming-bf16kv": ("Stock, Humming", ("stock-humming-flashinfer", "stock-humming-triton")),
     "adallm-w4a16-bf16kv": ("AdaLLM W4A16", ("adallm-w4a16",)),
     "adallm-w4a8-bf16kv": ("AdaLLM W4A8", ("adallm-w4a8",)),

@@ -88,7 +88,7 @@ def test_vllm_is_not_imported_with_it():
 
 def test_implementations():
     others = {"bf16", "stock-humming-bf16kv", "adallm-w4a16-bf16kv", "adallm-w4a8-bf16kv"}
-    assert IMPLS.keys() == {*OURS, *STOCK, *others}
+    assert IMPLS.keys() == {*OURS, *STOCK, *others, "bf16-fp8kv"}
     assert (len(OURS), len(STOCK)) == (4, 4)
     for name in others:
         options = _e2e_impls.options(IMPLS[name])
@@ -105,6 +105,9 @@ def test_implementations():
         options = _e2e_impls.options(IMPLS[f"adallm-{name}"])
         assert options["additional_config"]["adallm"] == dict(zip(("activations", "lm_head"), settings, strict=True))
         assert (options["attention_backend"], options["kv_cache_dtype"]) == ("CUSTOM", "fp8")
+    cached = _e2e_impls.options(IMPLS["bf16-fp8kv"])
+    assert (cached["attention_backend"], cached["kv_cache_dtype"]) == ("TRITON_ATTN", "fp8")
+    assert not {"linear_backend", "additional_config"} & cached.keys()
     bf16 = _e2e_impls.options(IMPLS["bf16"])
     assert not {"kv_cache_dtype", "attention_backend", "linear_backend"} & bf16.keys()
     assert (bf16["load_format"], bf16["enable_prefix_caching"]) == ("dummy", False)
@@ -201,7 +204,7 @@ def test_every_case_is_measured_and_recorded(tmp_path, capsys):
     assert ["quantization_config" in start[2] for start in starts] == [impl.quantized for impl in IMPLS.values()]
     assert fake.environments["bf16"]["ADALLM_DISABLE"] == "1"
     rows = record(tmp_path)["rows"]
-    assert len(rows) == 12 * (5 + 6 + 12)
+    assert len(rows) == 13 * (5 + 6 + 12)
     assert [(row["metric"], row["batch"]) for row in rows[:11]] == [
         ("start_s", None), ("weights_gib", None), ("prefill_tok_s", 8), ("decode_tok_s", 1), ("decode_tok_s", 2),
         ("decode_tok_s", 4), ("decode_tok_s", 8), ("decode_tok_s", 16), ("decode_tok_s", 64), ("long_tok_s", 1),
@@ -218,7 +221,7 @@ def test_every_case_is_measured_and_recorded(tmp_path, capsys):
     }  # fmt: skip
     assert record(tmp_path)["absent"] == []
     out = capsys.readouterr().out
-    assert out.startswith("276 cases to measure on H100, 0 in the record already\nbf16: starting\nbf16 start: 12.5 s\n")
+    assert out.startswith("299 cases to measure on H100, 0 in the record already\nbf16: starting\nbf16 start: 12.5 s\n")
     assert "bf16 decode x1: 100 tok/s" in out
 
 

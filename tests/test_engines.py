@@ -58,7 +58,7 @@ def test_names_are_those_of_the_benchmark():
     impls = pytest.importorskip("adallm.bench._e2e_impls").IMPLS
     ours = [name for name, impl in impls.items() if impl.ours and impl.kv_cache == "fp8"]
     assert list(engines.OURS) == ours
-    assert set(engines.CACHES) == {name for name, impl in impls.items() if impl.quantized and impl.kv_cache == "auto"}
+    assert set(engines.CACHES) == {name for name, impl in impls.items() if impl.kv_cache == "auto"}
     assert {other for _, others in engines.CACHES.values() for other in others} <= impls.keys()
     titles = pytest.importorskip("adallm.plots.engines", exc_type=ImportError).IMPLS
     assert set(titles) == set(impls)

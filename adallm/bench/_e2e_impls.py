@@ -59,8 +59,10 @@ def _with(attention: str | None, impl: Impl) -> Impl:
     )
 
 
+_BF16 = Impl(False, expected={"quantization": "None", "linear": "Unquantized", "head": "Unquantized"})
 IMPLS = {
-    "bf16": Impl(False, expected={"quantization": "None", "linear": "Unquantized", "head": "Unquantized"}),
+    "bf16": _BF16,
+    "bf16-fp8kv": _with("TRITON_ATTN", _BF16),
     "stock-marlin-flashinfer": _stock("marlin", "MarlinNvFp4", "FLASHINFER"),
     "stock-marlin-triton": _stock("marlin", "MarlinNvFp4", "TRITON_ATTN"),
     "stock-humming-flashinfer": _stock("humming", "HummingNvFp4", "FLASHINFER"),
@@ -73,11 +75,11 @@ IMPLS = {
     "adallm-auto": _ours("auto", "adallm W4A"),
     "adallm-auto-lm-head": _ours("auto", "adallm W4A", "nvfp4"),
 }
-# Ratios are of implementations with an FP8 KV cache.
+# Ratios are of implementations with NVFP4 weights and an FP8 KV cache.
 OURS = tuple(name for name, impl in IMPLS.items() if impl.ours and impl.kv_cache == "fp8")
 # Of those the ones that multiply by the checkpoint's own lm_head, as stock vLLM does.
 SAME_HEAD = tuple(name for name in OURS if IMPLS[name].expected["head"] == "Unquantized")
-STOCK = tuple(name for name, impl in IMPLS.items() if not impl.ours and impl.kv_cache == "fp8")
+STOCK = tuple(name for name, impl in IMPLS.items() if impl.quantized and not impl.ours and impl.kv_cache == "fp8")
 BF16 = "bf16"
 
 

@@ -11,6 +11,7 @@ from adallm.plots.style import COLORS, GREY, HATCHES, MARKERS, STYLE, new_figure
 
 IMPLS = {
     "bf16": "BF16",
+    "bf16-fp8kv": "BF16, FP8 cache",
     "stock-marlin-flashinfer": "Stock: Marlin, FlashInfer",
     "stock-marlin-triton": "Stock: Marlin, Triton",
     "stock-humming-flashinfer": "Stock: Humming, FlashInfer",
@@ -33,7 +34,7 @@ ENGINES = {
     "adallm-auto-lm-head": "AdaLLM auto,\nNVFP4 lm_head",
     "adallm-auto": "AdaLLM auto",
 }
-_BF16_CACHE = "-bf16kv"
+_BF16_CACHE, _FP8_CACHE = "-bf16kv", "-fp8kv"
 
 Key = tuple[str, int | None]
 
@@ -124,11 +125,13 @@ def fp8_cache(rows: Sequence[Mapping[str, Any]], record: Mapping[str, Any]) -> A
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure(size=(8.5, 3.6))
         width = 0.85 / len(titles)
+        # BF16 has the first colour, here too.
+        first = int(titles[0] != IMPLS["bf16"])
         for i, title in enumerate(titles):
             found = [(keys.index((row["metric"], row["batch"])), row["ratio"]) for row in rows if row["title"] == title]
             at = [group + (i - (len(titles) - 1) / 2) * width for group, _ in found]
             ratios = [ratio for _, ratio in found]
-            bars = axes.bar(at, ratios, width, color=COLORS[1 + i], hatch=HATCHES[1 + i], edgecolor="white")
+            bars = axes.bar(at, ratios, width, color=COLORS[first + i], hatch=HATCHES[first + i], edgecolor="white")
             bars.set_label(title)
             # A label below 1 stands on the line.
             for label in axes.bar_label(bars, fmt="%.2f", fontsize=6, padding=1):
@@ -170,8 +173,8 @@ def engine_memory(record: Mapping[str, Any]) -> Any:
 
 
 def _group(impl: str) -> str | None:
-    """The name in ``ENGINES`` that an implementation stands for; None for one with a BF16 cache of NVFP4 weights."""
-    if impl.endswith(_BF16_CACHE):
+    """The name in ``ENGINES`` that an implementation stands for; None for one with the other kind of cache."""
+    if impl.endswith((_BF16_CACHE, _FP8_CACHE)):
         return None
     return STOCK if impl.startswith(STOCK) else impl
 
