@@ -40,13 +40,16 @@ def test_what_is_compiled():
     few = dataclasses.replace(JOB, tokens=8, sequences=8, attention=())
     eight = tuple(dataclasses.replace(size, activations="fp8", bias=True) for size in LINEAR)
     gated = tuple(dataclasses.replace(size, gated=size.k == 12288) for size in LINEAR)
-    found, twice, fewer, in_fp8, of_mlp, few_of_mlp = names(
+    normed = tuple(dataclasses.replace(size, normed=size.k == 4096) for size in LINEAR)
+    found, twice, fewer, in_fp8, of_mlp, few_of_mlp, of_norm, few_of_norm = names(
         JOB,
         dataclasses.replace(JOB, linear=LINEAR * 2),
         few,
         dataclasses.replace(JOB, linear=eight, dtype="float16"),
         dataclasses.replace(JOB, linear=gated),
         dataclasses.replace(few, linear=gated),
+        dataclasses.replace(JOB, linear=normed),
+        dataclasses.replace(few, linear=normed),
     )
     assert found.count("decode") == 5  # one sequence, up to 16, 64, 256 and 1024
     assert {name: found.count(name) for name in ("write_kv", "gather_kv", "expand", "quantize")} == {
@@ -60,6 +63,9 @@ def test_what_is_compiled():
     # Behind a gated MLP, in 16 bits and in FP8.
     assert sorted(of_mlp) == sorted([*found, "silu", "quantize"])
     assert sorted(few_of_mlp) == sorted([*fewer, "silu"])
+    # Behind an RMSNorm, likewise.
+    assert sorted(of_norm) == sorted([*found, "norm", "quantize"])
+    assert sorted(few_of_norm) == sorted([*fewer, "norm"])
 
 
 def test_a_job_survives_its_way_to_the_process():
@@ -105,11 +111,13 @@ def test_it_ends_with_the_engine(process):
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_which_sizes_are_behind_a_gated_mlp(monkeypatch, fused):
+def test_which_sizes_are_behind_a_gated_mlp_or_a_norm(monkeypatch, fused):
     monkeypatch.setattr(fuse, "used", lambda: fused)
     sizes = [(96, 64), (64, 64), (256, 64), (64, 128)]  # qkv, o, gate_up, down
     linear = [types.SimpleNamespace(out_features=n, in_features=k, activations="auto", bias=None) for n, k in sizes]
-    assert [(x.n, x.k) for x in ahead._linear(linear) if x.gated] == ([(64, 128)] if fused else [])
+    found = list(ahead._linear(linear, 64))
+    assert [(x.n, x.k) for x in found if x.gated] == ([(64, 128)] if fused else [])
+    assert [(x.n, x.k) for x in found if x.normed] == ([(96, 64), (64, 64), (256, 64)] if fused else [])
 
 
 def test_of_an_engine(monkeypatch):
@@ -124,7 +132,7 @@ def test_of_an_engine(monkeypatch):
     config = types.SimpleNamespace(
         parallel_config=types.SimpleNamespace(rank=0),
         scheduler_config=types.SimpleNamespace(max_num_batched_tokens=2048, max_num_seqs=16),
-        model_config=types.SimpleNamespace(dtype=torch.bfloat16, max_model_len=100),
+        model_config=types.SimpleNamespace(dtype=torch.bfloat16, max_model_len=100, get_hidden_size=lambda: 64),
         cache_config=types.SimpleNamespace(block_size=16),
         compilation_config=types.SimpleNamespace(static_forward_context=dict(enumerate(layers))),
     )

@@ -10,7 +10,7 @@ modules = [importlib.import_module(f"adallm.kernels.{name}") for name in sys.arg
 for kernel in sorted(vars(m)[n].cache_key for m in modules for n in vars(m) if n.startswith("nvfp4") or "kernel" in n):
     print(kernel)
 """
-MODULES = ("decode", "write_kv", "expand", "matmul", "hopper", "silu")
+MODULES = ("decode", "write_kv", "expand", "matmul", "hopper", "silu", "norm")
 
 
 def test_keys_do_not_depend_on_order():

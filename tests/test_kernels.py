@@ -10,6 +10,7 @@ from adallm import fp8, nvfp4
 from adallm.kernels import layout, matmul
 from adallm.kernels.expand import expand, fp8_values
 from adallm.kernels.matmul import Config, launch
+from adallm.kernels.norm import add_rms_norm
 from adallm.kernels.ops import launcher
 from adallm.kernels.quantize import quantize_tokens
 from adallm.kernels.silu import silu_and_mul
@@ -255,7 +256,12 @@ def test_tokens_fused_with_rms_norm_and_with_silu(m, k):
     y = x.double() * torch.rsqrt((x.double() ** 2).mean(-1, keepdim=True) + 1e-5) * weight.double()
     gated = torch.randn(m, 2 * k, device=DEVICE).bfloat16()
     z = torch.nn.functional.silu(gated[:, :k].double()) * gated[:, k:].double()
+    residual, total = gated[:, :k], torch.empty_like(x)
+    added = x.double() + residual.double()
+    of_sum = added * torch.rsqrt((added**2).mean(-1, keepdim=True) + 1e-5) * weight.double()
+    options = {"weight": weight, "eps": 1e-5, "residual": residual, "total": total}
     for got, expected in (
+        (quantize_tokens(x, **options, ordered=True), of_sum),
         (quantize_tokens(x, weight=weight, eps=1e-5, ordered=True), y),
         (quantize_tokens(gated, gated=True, ordered=True), z),
     ):
@@ -265,6 +271,12 @@ def test_tokens_fused_with_rms_norm_and_with_silu(m, k):
         # Half a step of E4M3, and a little for a value that FP32 puts on the other side of a midpoint.
         assert bool(((data.double() - steps).abs() <= steps.abs() * (2**-4 + 1e-5) + 2**-10).all())
         assert error(data.double() * scale.double()[:, None], expected) <= 4e-2
+    assert torch.equal(total, added.bfloat16())
+    other, of_float = torch.empty_like(x), weight.float()
+    again = quantize_tokens(x, **options | {"residual": residual.t().contiguous().t(), "total": other}, ordered=True)
+    assert torch.equal(other, total)
+    assert torch.equal(again[0].view(torch.uint8), quantize_tokens(x, **options, ordered=True)[0].view(torch.uint8))
+    assert torch.equal(quantize_tokens(x, **options | {"weight": of_float})[1], quantize_tokens(x, **options)[1])
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, 8), (torch.float16, 11), (torch.float32, 21)])
@@ -277,6 +289,56 @@ def test_silu_and_mul(dtype, bits, m, k):
         expected = torch.nn.functional.silu(x[:, :k].double()) * x[:, k:].double()
         # Rounded once: half a unit in the last place, and a little for FP32 before it.
         torch.testing.assert_close(y.double(), expected, rtol=2.0**-bits * 1.01, atol=2.0**-24)
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, 8), (torch.float16, 11), (torch.float32, 20)])
+@pytest.mark.parametrize(("m", "k"), [(1, 16), (3, 48), (2, 4096), (2, 5120), (1, 16400), (1, 3)])
+def test_add_rms_norm(dtype, bits, m, k):
+    wide = torch.randn(m, 2 * k + 5, device=DEVICE).mul(4).to(dtype)
+    of_float = torch.randn(k, device=DEVICE)
+    a, b = wide[:, 1 : k + 1], wide[:, k + 1 : 2 * k + 1]
+    for x, residual, weight in (
+        (a, b, of_float.to(dtype)),
+        (a.contiguous(), b.contiguous(), of_float.to(dtype)),
+        (a.t().contiguous().t(), b.t().contiguous().t(), of_float),
+    ):
+        total = torch.full_like(x.contiguous(), float("nan"))
+        y = add_rms_norm(x, residual=residual, total=total, weight=weight, eps=1e-3)
+        assert (y.shape, y.dtype) == ((m, k), dtype)
+        added = x.double() + residual.double()
+        expected = added * torch.rsqrt((added**2).mean(-1, keepdim=True) + 1e-3) * weight.double()
+        # Rounded once: half a unit in the last place, and a little for FP32 before it.
+        torch.testing.assert_close(y.double(), expected, rtol=2.0**-bits * 1.01, atol=2.0**-22)
+        torch.testing.assert_close(total, (x.float() + residual.float()).to(dtype), rtol=0, atol=0)
+
+
+def test_add_rms_norm_of_what_does_not_fit():
+    x, weight = torch.randn(2, 16, device=DEVICE).bfloat16(), torch.ones(16, device=DEVICE)
+    fits = {"residual": x, "total": torch.empty_like(x), "weight": weight, "eps": 1e-6}
+    assert add_rms_norm(x[:0], **fits | {"residual": x[:0], "total": x[:0]}).shape == (0, 16)
+    for match, y, changed in (
+        ("x is", x[0], {}),
+        ("x is", x.double(), {}),
+        ("weight is", x, {"weight": weight[:8]}),
+        ("weight is", x, {"weight": torch.ones(32, device=DEVICE)[::2]}),
+        ("weight is", x, {"weight": weight.double()}),
+        ("residual is", x, {"residual": x[:1]}),
+        ("residual is", x, {"residual": x.float()}),
+        ("total is", x, {"total": x[:, :8]}),
+        ("contiguous total", x, {"total": torch.empty(16, 2, device=DEVICE).bfloat16().t()}),
+    ):
+        with pytest.raises(ValueError, match=match):
+            add_rms_norm(y, **fits | changed)
+        if y.dim() == 2 and y.dtype == torch.bfloat16:
+            with pytest.raises(ValueError, match=match):
+                quantize_tokens(y, **fits | changed)
+    for match, options in (
+        ("contiguous total", {"weight": weight, "residual": x}),
+        ("without the weight", {"residual": x, "total": x}),
+        ("gated", {"weight": weight[:8], "gated": True}),
+    ):
+        with pytest.raises(ValueError, match=match):
+            quantize_tokens(x if "gated" not in options else torch.cat((x, x), 1), **options)
 
 
 def test_silu_and_mul_of_what_is_no_number_and_of_no_tokens():
@@ -359,7 +421,7 @@ def test_blocks_cover_the_output():
         ("x is", (2, 4, 16), {}),
         ("weight is", (4, 32), {"weight": torch.ones(16, device=DEVICE)}),
         ("weight is", (4, 32), {"weight": torch.ones(64, device=DEVICE)[::2]}),
-        ("weight is", (4, 32), {"weight": torch.ones(16, device=DEVICE), "gated": True}),
+        ("weight or residual is", (4, 32), {"weight": torch.ones(16, device=DEVICE), "gated": True}),
     ],
 )
 def test_tokens_that_the_kernel_would_misread(match, x, options):

@@ -5,6 +5,7 @@ import torch
 
 from adallm import fp8, nvfp4
 from adallm.kernels import choice, layout, ops
+from adallm.kernels.norm import add_rms_norm
 from adallm.kernels.silu import silu_and_mul
 from adallm.linear import FP8Linear, NVFP4Linear
 
@@ -100,6 +101,39 @@ def test_the_gated_operator(monkeypatch, activations, m, bias):
     for bad, said in ((x[:, :272], r"gate_up is \[\d+, 272\]"), (x.float(), "x is torch.float32 without x_scale")):
         with pytest.raises(ValueError, match=said):
             ops._linear_gated(bad, *rest)
+
+
+@pytest.mark.parametrize("activations", ["bf16", "fp8", "auto"])
+@pytest.mark.parametrize("m", [1, 40, 130])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_operator_behind_a_norm(monkeypatch, activations, m, bias):
+    monkeypatch.setattr(choice, "gpu", lambda index: GPU)
+    monkeypatch.setitem(choice.FP8_FROM, "sm_90", 100)
+    t = nvfp4.NVFP4Tensor(*tensors(144, 272, DEVICE, rows=True))
+    p = layout.from_checkpoint(t, fp8=activations == "fp8")
+    b = torch.randn(144, device=DEVICE).bfloat16() if bias else None
+    x, residual = torch.randn(2, m, 272, device=DEVICE).bfloat16()
+    weight = torch.randn(272, device=DEVICE).bfloat16()
+    arrivals = torch.zeros(choice.MAX_SPLIT_TILES, dtype=torch.int32, device=DEVICE)
+    how = ops.described(activations, t.global_scale)
+    rest = (p.words, p.scales, p.row_scale, p.shift, b, arrivals, how, 144, torch.bfloat16)
+    launched = []
+    monkeypatch.setattr(ops, "add_rms_norm", lambda *a, **k: launched.append("norm") or add_rms_norm(*a, **k))
+    y, total = ops._linear_normed(x, residual, weight, 1e-5, *rest)
+    added = x.double() + residual.double()
+    assert torch.equal(total, added.bfloat16())
+    normed = added * torch.rsqrt((added**2).mean(-1, keepdim=True) + 1e-5) * weight.double()
+    expected = normed @ nvfp4.dequantize(t).double().T + (0 if b is None else b.double())
+    in_fp8 = activations == "fp8" or (activations == "auto" and m >= 100 and not bias)
+    assert launched == ([] if in_fp8 else ["norm"])
+    assert error(y, expected) <= (4e-2 if in_fp8 else 3.5e-3)
+    assert not in_fp8 or error(y, expected) > 1e-2
+    assert not arrivals.any()
+    y, total = ops._linear_normed(x[:0], residual[:0], weight, 1e-5, *rest)
+    assert (y.shape, total.shape) == ((0, 144), (0, 272))
+    for bad, said in (((x[:, :256], residual), r"x is \[\d+, 256\]"), ((x, residual[:, :256]), "residual is")):
+        with pytest.raises(ValueError, match=said):
+            ops._linear_normed(*bad, weight, 1e-5, *rest)
 
 
 def test_how_a_layer_is_described():
@@ -243,6 +277,39 @@ def test_the_gated_operator_compiled_and_in_a_graph(activations, m):
     static.copy_(x)
     graph.replay()
     assert torch.equal(out, y)
+    assert not layer.arrivals.any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activations", ["bf16", "fp8", "auto"])
+@pytest.mark.parametrize("m", [1, 9, 300, 1200])
+def test_the_operator_behind_a_norm_compiled_and_in_a_graph(activations, m):
+    layer, weight, _ = on_gpu(activations=activations, rows=True)
+    rest = (layer.words, layer.scales, layer.row_scale, layer.shift, None, layer.arrivals, layer._how, 320)
+    of_norm = torch.randn(1088, device="cuda").bfloat16()
+
+    def run(x, residual):
+        return torch.ops.adallm.nvfp4_linear_normed(x, residual, of_norm, 1e-6, *rest, torch.bfloat16)
+
+    x, residual = torch.randn(2, m, 1088, device="cuda").bfloat16()
+    y, total = run(x, residual)
+    in_fp8 = activations == "fp8" or "FP8" in layer.path(m)
+    added = x.double() + residual.double()
+    assert torch.equal(total, added.bfloat16())
+    normed = added * torch.rsqrt((added**2).mean(-1, keepdim=True) + 1e-6) * of_norm.double()
+    assert error(y, normed @ weight.T) <= (4e-2 if in_fp8 else 3.5e-3)
+    torch.library.opcheck(
+        torch.ops.adallm.nvfp4_linear_normed.default, (x, residual, of_norm, 1e-6, *rest, torch.bfloat16)
+    )
+    graph, static = torch.cuda.CUDAGraph(), (torch.randn_like(x), torch.randn_like(x))
+    with torch.cuda.graph(graph):
+        out = run(*static)
+    for into, value in zip(static, (x, residual), strict=True):
+        into.copy_(value)
+    graph.replay()
+    for compiled, captured, once in zip(torch.compile(run, fullgraph=True)(x, residual), out, (y, total), strict=True):
+        assert torch.equal(compiled, once)
+        assert torch.equal(captured, once)
     assert not layer.arrivals.any()
 
 

@@ -15,6 +15,7 @@ import torch
 from adallm import attention, nvfp4
 from adallm.kernels import choice, layout, ops
 from adallm.kernels.expand import expand
+from adallm.kernels.norm import add_rms_norm
 from adallm.kernels.quantize import quantize_tokens
 from adallm.kernels.silu import silu_and_mul
 
@@ -54,6 +55,9 @@ for k in (208, 4112):
     quantize_tokens(x[:, :k], weight=torch.randn(k).bfloat16().cuda())
     quantize_tokens(x, gated=True)
     silu_and_mul(x)
+    added = {"residual": x[:, k:], "total": torch.empty(3, k).bfloat16().cuda(), "weight": x[0, :k], "eps": 1e-6}
+    quantize_tokens(x[:, :k], **added)
+    add_rms_norm(x[:, :k], **added)
 lengths = torch.tensor([700, 0, 3, 130], dtype=torch.int32)
 for d, cache, options in (
     (128, torch.float8_e4m3fn, {}),

@@ -41,8 +41,9 @@ def test_every_build(monkeypatch):
     assert len(decodes) == 7 * len(DECODE) * len(HEAD_SIZES)
     others = {
         "nvfp4_expand": 4,
-        "fp8_tokens": 12,
+        "fp8_tokens": 16,
         "silu_and_mul_kernel": 2,
+        "add_rms_norm_kernel": 2,
         "write_kv_kernel": 9,
         "gather_kv_kernel": 6,
     }

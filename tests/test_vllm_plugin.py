@@ -218,9 +218,9 @@ def test_settings():
     assert Settings.read({"adallm": {"activations": "bf16", "allow_fallback": False}}, environment) == Settings(
         "bf16", "nvfp4", False
     )
-    on = Settings(fuse=True)
-    assert Settings.read(None, {"ADALLM_FUSE": "1"}) == Settings.read({"adallm": {"fuse": True}}, {}) == on
-    assert Settings.read({"adallm": {"fuse": False}}, {"ADALLM_FUSE": "1"}) == Settings()
+    off = Settings(fuse=False)
+    assert Settings.read(None, {"ADALLM_FUSE": "0"}) == Settings.read({"adallm": {"fuse": False}}, {}) == off
+    assert Settings.read({"adallm": {"fuse": True}}, {"ADALLM_FUSE": "0"}) == Settings()
     for additional, environment, said in (
         (None, {"ADALLM_FUSE": "off"}, "ADALLM_FUSE is 'off'; supported: 0, 1"),
         (None, {"ADALLM_ACTIVATIONS": "int8"}, "ADALLM_ACTIVATIONS is 'int8'; supported: auto, bf16, fp8"),

@@ -1,7 +1,9 @@
-"""The kernels as operators of torch, ``torch.ops.adallm``: ``nvfp4_linear``, ``nvfp4_linear_gated``, ``fp8_tokens``.
+"""The kernels as operators of torch, ``torch.ops.adallm``: ``nvfp4_linear``, two of what is often in front of it, and
+``fp8_tokens``.
 
-``nvfp4_linear_gated`` is ``nvfp4_linear`` of ``silu(gate_up[:, :K]) * gate_up[:, K:]``, which it quantizes as it
-computes it where the product is one in FP8: written in 16 bits, and read again for it, it would cost a launch more.
+``nvfp4_linear_gated`` is ``nvfp4_linear`` of ``silu(gate_up[:, :K]) * gate_up[:, K:]``; ``nvfp4_linear_normed`` that of
+the RMSNorm of ``x + residual``, and this sum. Where the product is one in FP8 they quantize what they compute: written
+in 16 bits, and read again for it, it would cost a launch more.
 
 They are registered with fake implementations, so that ``torch.compile`` sees shapes and dtypes and leaves the rest
 alone, and they allocate their output and scratch through torch's allocator, so that CUDA graphs can hold them.
@@ -27,6 +29,7 @@ from adallm.kernels.dequant import VALUE_POWER
 from adallm.kernels.expand import KINDS, expand
 from adallm.kernels.layout import TILE_K, TILE_N, padded
 from adallm.kernels.matmul import Config
+from adallm.kernels.norm import add_rms_norm
 from adallm.kernels.quantize import quantize_tokens
 from adallm.kernels.silu import silu_and_mul
 
@@ -38,6 +41,11 @@ _LIBRARY.define(
 _LIBRARY.define(
     "nvfp4_linear_gated(Tensor gate_up, Tensor words, Tensor scales, Tensor row_scale, Tensor shift, Tensor? bias, "
     "Tensor arrivals, Tensor how, int n, ScalarType dtype) -> Tensor"
+)
+_LIBRARY.define(
+    "nvfp4_linear_normed(Tensor x, Tensor residual, Tensor weight, float eps, Tensor words, Tensor scales, "
+    "Tensor row_scale, Tensor shift, Tensor? bias, Tensor arrivals, Tensor how, int n, ScalarType dtype) "
+    "-> (Tensor, Tensor)"
 )
 _LIBRARY.define(
     "fp8_tokens(Tensor x, Tensor? weight, float eps, bool gated, bool ordered) -> (Tensor, Tensor)",
@@ -88,7 +96,9 @@ def _linear(
     dtype: torch.dtype,
     *,
     gated: bool = False,
+    **norm: Any,
 ) -> Tensor:
+    """Of ``x``, of the gated half of it, or of its RMSNorm, given what ``add_rms_norm`` is."""
     mode, alphas, stops = _read(how)
     fp8 = mode == "fp8"
     _check(x, x_scale, words, arrivals, n, fp8, gated=gated)
@@ -101,14 +111,16 @@ def _linear(
         x = x.clone(memory_format=torch.contiguous_format)
     if mode == "auto" and in_fp8(m, dtype, bias is not None, choice.gpu(x.device.index)):
         # The factor of the weights is in the scales of the tokens, which spares a launch.
-        x, x_scale = quantize_tokens(x, gated=gated, ordered=True, times=VALUE_POWER.value)
+        x, x_scale = quantize_tokens(x, gated=gated, **norm, ordered=True, times=VALUE_POWER.value)
         weight = expand(words, scales, shift, n, x.shape[1], torch.float8_e4m3fn, of_16=True)
         scaled_product(x, x_scale, weight, row_scale, out)
         return out
     if fp8 and x_scale is None:
-        x, x_scale = quantize_tokens(x, gated=gated)
+        x, x_scale = quantize_tokens(x, gated=gated, **norm)
     elif gated:
         x = silu_and_mul(x)
+    elif norm:
+        x = add_rms_norm(x, **norm)
     config = chosen(m, n, x.shape[1], KINDS[x.dtype], dtype, bias is not None, choice.gpu(x.device.index))
     if config is not None:
         launcher(config)(x, words, scales, row_scale, out, config, x_scale=x_scale, bias=bias, arrivals=arrivals)
@@ -119,6 +131,13 @@ def _linear(
 
 def _linear_gated(gate_up: Tensor, words: Tensor, *args: Any) -> Tensor:
     return _linear(gate_up, None, words, *args, gated=True)
+
+
+def _linear_normed(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, words: Tensor, *args: Any
+) -> tuple[Tensor, Tensor]:
+    total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return _linear(x, None, words, *args, residual=residual, total=total, weight=weight, eps=eps), total
 
 
 MODES = ("bf16", "fp8", "auto")
@@ -235,6 +254,7 @@ def _on_its_device(op: Callable[..., Any]) -> Callable[..., Any]:
 
 _LIBRARY.impl("nvfp4_linear", _on_its_device(_linear), "CUDA")
 _LIBRARY.impl("nvfp4_linear_gated", _on_its_device(_linear_gated), "CUDA")
+_LIBRARY.impl("nvfp4_linear_normed", _on_its_device(_linear_normed), "CUDA")
 _LIBRARY.impl("fp8_tokens", _on_its_device(_tokens), "CUDA")
 
 
@@ -246,6 +266,11 @@ def _(x, x_scale, words, scales, row_scale, shift, bias, arrivals, how, n, dtype
 @torch.library.register_fake("adallm::nvfp4_linear_gated", lib=_LIBRARY)
 def _(gate_up, words, scales, row_scale, shift, bias, arrivals, how, n, dtype):
     return gate_up.new_empty(gate_up.shape[0], n, dtype=dtype)
+
+
+@torch.library.register_fake("adallm::nvfp4_linear_normed", lib=_LIBRARY)
+def _(x, residual, weight, eps, words, scales, row_scale, shift, bias, arrivals, how, n, dtype):
+    return x.new_empty(x.shape[0], n, dtype=dtype), x.new_empty(x.shape)
 
 
 @torch.library.register_fake("adallm::fp8_tokens", lib=_LIBRARY)

@@ -1,8 +1,9 @@
 """Per-token FP8 activations in one pass: ``scale = max |y| / 448`` (1 where that is 0), ``data = E4M3(y / scale)``.
 
-``y`` is ``x`` itself, ``x * rsqrt(mean(x^2) + eps) * weight`` (RMSNorm), or ``silu(x[:K]) * x[K:]``, in FP32 and never
-rounded in between. The columns of ``data`` are written in ``FP8_COLUMNS`` order, which the kernels multiply by, and
-padded with zeros to a multiple of 64. On Hopper the product behind it may be launched meanwhile (``hopper.py``).
+``y`` is ``x`` itself, ``x * rsqrt(mean(x^2) + eps) * weight`` (RMSNorm), that of ``x + residual``, which is then kept
+too, or ``silu(x[:K]) * x[K:]``, in FP32 and never rounded in between. The columns of ``data`` are written in
+``FP8_COLUMNS`` order, which the kernels multiply by, and padded with zeros to a multiple of 64. On Hopper the product
+behind it may be launched meanwhile (``hopper.py``).
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from adallm.fp8 import INPUT_DTYPES
-from adallm.kernels import choice
-from adallm.kernels.dequant import fp8_order, to_e4m3, token_scale
+from adallm.kernels import choice, norm
+from adallm.kernels.dequant import fp8_order, to_dtype, to_e4m3, token_scale
 from adallm.kernels.keys import fix_keys
 from adallm.kernels.layout import padded
 from adallm.kernels.silu import silu
@@ -32,12 +33,19 @@ _PIECE = 8192
 
 
 @triton.jit
-def _input(x, weight, k, K, rstd, INPUT: tl.constexpr):
+def _input(x, residual, k, K, INPUT: tl.constexpr):
     y = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
-    if INPUT == "rms_norm":
-        y = y * rstd * tl.load(weight + k, mask=k < K, other=0.0).to(tl.float32)
+    if INPUT == "add_rms_norm":
+        y += tl.load(residual + k, mask=k < K, other=0.0).to(tl.float32)
     elif INPUT == "silu_and_mul":
         y = silu(y) * tl.load(x + K + k, mask=k < K, other=0.0).to(tl.float32)
+    return y
+
+
+@triton.jit
+def _normed(y, weight, k, K, rstd, INPUT: tl.constexpr):
+    if INPUT == "rms_norm" or INPUT == "add_rms_norm":
+        y = y * rstd * tl.load(weight + k, mask=k < K, other=0.0).to(tl.float32)
     return y
 
 
@@ -67,10 +75,13 @@ def _write(y, scale, data, k, stride, BLOCK: tl.constexpr, ORDERED: tl.constexpr
 def fp8_tokens(
     x,
     weight,
+    residual,
+    total,
     data,
     scale,
     K,
     x_stride,
+    residual_stride,
     data_stride,
     eps,
     BLOCK: tl.constexpr,
@@ -87,23 +98,34 @@ def fp8_tokens(
     x += row * x_stride
     data += row * data_stride
     k = tl.arange(0, BLOCK)
+    if INPUT == "add_rms_norm":
+        residual += row * residual_stride
+        total += row * K
+    y = _input(x, residual, k, K, INPUT)
     rstd = 1.0
-    if INPUT == "rms_norm":
-        squares = tl.zeros([BLOCK], dtype=tl.float32)
-        for piece in range(PIECES):
-            value = tl.load(x + piece * BLOCK + k, mask=piece * BLOCK + k < K, other=0.0).to(tl.float32)
-            squares += value * value
+    if INPUT == "rms_norm" or INPUT == "add_rms_norm":
+        if INPUT == "add_rms_norm":
+            tl.store(total + k, to_dtype(y, total.dtype.element_ty, FAST), mask=k < K)
+        squares = y * y
+        for piece in range(1, PIECES):
+            at = piece * BLOCK + k
+            later = _input(x, residual, at, K, INPUT)
+            if INPUT == "add_rms_norm":
+                tl.store(total + at, to_dtype(later, total.dtype.element_ty, FAST), mask=at < K)
+            squares += later * later
         rstd = tl.math.rsqrt(tl.sum(squares) / K + eps)
-    y = _input(x, weight, k, K, rstd, INPUT)
+    y = _normed(y, weight, k, K, rstd, INPUT)
     amax = tl.abs(y)
     for piece in range(1, PIECES):
-        amax = tl.maximum(amax, tl.abs(_input(x, weight, piece * BLOCK + k, K, rstd, INPUT)))
+        at = piece * BLOCK + k
+        amax = tl.maximum(amax, tl.abs(_normed(_input(x, residual, at, K, INPUT), weight, at, K, rstd, INPUT)))
     s = token_scale(tl.max(amax))
     tl.store(scale + row, s * TIMES)
     _write(y, s, data, k, data_stride, BLOCK, ORDERED, FAST)
     for piece in range(1, PIECES):
-        y = _input(x, weight, piece * BLOCK + k, K, rstd, INPUT)
-        _write(y, s, data, piece * BLOCK + k, data_stride, BLOCK, ORDERED, FAST)
+        at = piece * BLOCK + k
+        y = _normed(_input(x, residual, at, K, INPUT), weight, at, K, rstd, INPUT)
+        _write(y, s, data, at, data_stride, BLOCK, ORDERED, FAST)
 
 
 @functools.lru_cache(maxsize=1 << 10)
@@ -111,8 +133,8 @@ def _launch(
     kernel: Any,
     numbers: tuple[Any, ...],
     dtype: torch.dtype,
-    of_weight: torch.dtype | bool,
-    gated: bool,
+    of_weight: torch.dtype | None,
+    kind: str,
     ordered: bool,
     times: float,
     early: bool,
@@ -127,7 +149,7 @@ def _launch(
         numbers,
         BLOCK=block,
         PIECES=cdiv(k, block),
-        INPUT="silu_and_mul" if gated else "rms_norm" if of_weight else "none",
+        INPUT=kind,
         ORDERED=ordered,
         TIMES=times,
         FAST=fast,
@@ -141,6 +163,8 @@ def quantize_tokens(
     *,
     weight: Tensor | None = None,
     eps: float = 1e-6,
+    residual: Tensor | None = None,
+    total: Tensor | None = None,
     gated: bool = False,
     ordered: bool = False,
     times: float = 1.0,
@@ -151,6 +175,8 @@ def quantize_tokens(
     Args:
         x: bfloat16, float16 or float32; ``[M, 2 K]`` where ``gated``. K is a multiple of 16.
         weight: ``[K]`` of the RMSNorm, with ``eps``.
+        residual: as ``x``; the RMSNorm is that of the sum.
+        total: as ``x``, contiguous; the sum is written to it.
         gated: SiLU of the first half times the second.
         ordered: write the columns in their own order, without padding, as the reference does.
         times: what the scales are multiplied by when they are written, a power of two.
@@ -165,23 +191,28 @@ def quantize_tokens(
             "with K a multiple of 16"
         )
     m, k = x.shape[0], x.shape[1] // halves
-    if weight is not None and (gated or weight.shape != (k,) or weight.device != x.device or weight.stride(0) != 1):
-        raise ValueError(
-            f"weight is {list(weight.shape)} on {weight.device}; an RMSNorm's is contiguous [{k}] on {x.device}, and "
-            "none belongs to gated activations"
-        )
     if x.stride(1) != 1:
         x = x.contiguous()
+    if gated and (weight is not None or residual is not None):
+        raise ValueError("weight or residual is given; an RMSNorm's do not belong to gated activations")
+    if weight is not None:
+        norm.check(x, weight, residual, total)
+    elif residual is not None:
+        raise ValueError("residual is given without the weight of an RMSNorm")
+    if residual is not None:
+        kind = "add_rms_norm"
+        residual = residual if residual.stride(1) == 1 else residual.contiguous()
+    else:
+        kind = "silu_and_mul" if gated else "none" if weight is None else "rms_norm"
     data = torch.empty(m, k if ordered else padded(1, k)[1], dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(m, dtype=torch.float32, device=x.device)
     if not m:
         return data, scale
     early = x.is_cuda and choice.gpu(x.device.index).family == "sm_90"
-    numbers = (k, x.stride(0), data.shape[1], eps)
-    again = _launch(
-        fp8_tokens, numbers, x.dtype, weight is not None and weight.dtype, gated, ordered, times, early, not x.is_cpu
-    )
-    again((m,), x, weight, data, scale)
+    numbers = (k, x.stride(0), 0 if residual is None else residual.stride(0), data.shape[1], eps)
+    of_weight = None if weight is None else weight.dtype
+    again = _launch(fp8_tokens, numbers, x.dtype, of_weight, kind, ordered, times, early, not x.is_cpu)
+    again((m,), x, weight, residual, total, data, scale)
     return data, scale
 
 

@@ -31,6 +31,7 @@ from adallm.kernels import (
     gather_kv,
     hopper,
     matmul,
+    norm,
     ops,
     quantize,
     silu,
@@ -46,6 +47,7 @@ KERNEL: dict[Callable[..., Any], tuple[ModuleType, str]] = {
     expand.expand: (expand, "nvfp4_expand"),
     quantize.quantize_tokens: (quantize, "fp8_tokens"),
     silu.silu_and_mul: (silu, "silu_and_mul_kernel"),
+    norm.add_rms_norm: (norm, "add_rms_norm_kernel"),
     decode.launch: (decode, "paged_decode_kernel"),
     write_kv.launch: (write_kv, "write_kv_kernel"),
     gather_kv.launch: (gather_kv, "gather_kv_kernel"),
@@ -185,9 +187,13 @@ def builds() -> list[Named]:
         found.append(_named(quantize.quantize_tokens, f"none {k}", {"x": x}))
         found.append(_named(quantize.quantize_tokens, f"rms_norm {k}", {"x": x, "weight": weight}))
         found.append(_named(quantize.quantize_tokens, f"silu_and_mul {k}", {"x": gated, "gated": True}))
-    found.extend(
-        _named(silu.silu_and_mul, kind, {"x": meta(16, 8192, dtype=DTYPES[kind])}) for kind in ("bf16", "fp16")
-    )
+        added = {"x": x, "residual": x, "total": x, "weight": weight}
+        found.append(_named(quantize.quantize_tokens, f"add_rms_norm {k}", added))
+    for kind in ("bf16", "fp16"):
+        x, weight = meta(16, 8192, dtype=DTYPES[kind]), meta(8192, dtype=DTYPES[kind])
+        found.append(_named(silu.silu_and_mul, kind, {"x": x}))
+        given = {"x": x, "residual": x, "total": x, "weight": weight, "eps": 1e-6}
+        found.append(_named(norm.add_rms_norm, kind, given))
     for head_size, queries in itertools.product(HEAD_SIZES, (1, 8)):
         shape = Shape(4, queries, 8, 2, head_size, 100, 16)
         one = dataclasses.replace(shape, batch=1)

@@ -37,6 +37,7 @@ class Linear:
 
     Attributes:
         gated: it may be given both halves of a gated MLP, by ``fuse.py``.
+        normed: it may be given what an RMSNorm is, likewise.
     """
 
     n: int
@@ -44,6 +45,7 @@ class Linear:
     activations: str
     bias: bool
     gated: bool = False
+    normed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,21 +119,21 @@ def start(config: Any, linear: Iterable[NVFP4Linear]) -> None:
         str(config.model_config.dtype).removeprefix("torch."),
         scheduler.max_num_batched_tokens,
         scheduler.max_num_seqs,
-        tuple(dict.fromkeys(_linear(linear))),
+        tuple(dict.fromkeys(_linear(linear, config.model_config.get_hidden_size()))),
         tuple(dict.fromkeys(_attention(config))),
     )
     if run(job) is not None:
         logger.info("adallm: compiles kernels ahead, in processes of their own")
 
 
-def _linear(linear: Iterable[NVFP4Linear]) -> Iterator[Linear]:
+def _linear(linear: Iterable[NVFP4Linear], hidden: int) -> Iterator[Linear]:
     from adallm.vllm_plugin import fuse  # here: it imports much of torch, which the other processes do not need
 
-    linear = list(linear)
-    widths = {x.out_features for x in linear} if fuse.used() else set()
+    linear, used = list(linear), fuse.used()
+    widths = {x.out_features for x in linear}
     for x in linear:
-        gated = 2 * x.in_features in widths
-        yield Linear(x.out_features, x.in_features, x.activations, x.bias is not None, gated)
+        gated, normed = used and 2 * x.in_features in widths, used and x.in_features == hidden
+        yield Linear(x.out_features, x.in_features, x.activations, x.bias is not None, gated, normed)
 
 
 def _attention(config: Any) -> Iterator[Attention]:
@@ -213,6 +215,7 @@ def _of_linear(job: Job, size: Linear) -> Iterator[Launch]:
     from adallm.kernels.dequant import VALUE_POWER
     from adallm.kernels.expand import KINDS, expand
     from adallm.kernels.layout import padded
+    from adallm.kernels.norm import add_rms_norm
     from adallm.kernels.quantize import quantize_tokens
     from adallm.kernels.silu import silu_and_mul
     from adallm.sm89 import build
@@ -227,13 +230,21 @@ def _of_linear(job: Job, size: Linear) -> Iterator[Launch]:
         if (auto, config) in seen:
             continue
         seen.add((auto, config))
+        x = build.meta(16, size.k, dtype=dtype)
+        gated = {"x": build.meta(16, 2 * size.k, dtype=dtype)}
+        normed = {"x": x, "residual": x, "total": x, "weight": build.meta(size.k, dtype=dtype), "eps": 1e-6}
         if fp8 or auto:
             given = {"ordered": auto, "times": VALUE_POWER.value if auto else 1.0}
-            yield quantize_tokens, given | {"x": build.meta(16, size.k, dtype=dtype)}
+            yield quantize_tokens, given | {"x": x}
             if size.gated:
-                yield quantize_tokens, given | {"x": build.meta(16, 2 * size.k, dtype=dtype), "gated": True}
-        elif size.gated:
-            yield silu_and_mul, {"x": build.meta(16, 2 * size.k, dtype=dtype)}
+                yield quantize_tokens, given | gated | {"gated": True}
+            if size.normed:
+                yield quantize_tokens, given | normed
+        else:
+            if size.gated:
+                yield silu_and_mul, gated
+            if size.normed:
+                yield add_rms_norm, normed
         if config is None:
             of_weight = torch.float8_e4m3fn if auto else of_tokens
             yield expand, build.expanded(size.n, k, of_weight, of_16=auto)

@@ -1,9 +1,10 @@
-"""A gated MLP as vLLM compiles it: ``silu(gate_up[:, :K]) * gate_up[:, K:]`` and ``adallm::nvfp4_linear`` behind it
-become ``adallm::nvfp4_linear_gated``, one pass over memory and one launch fewer where that product is in FP8.
+"""What is in front of a linear layer, as vLLM compiles it: ``silu(gate_up[:, :K]) * gate_up[:, K:]`` and
+``adallm::nvfp4_linear`` behind it become ``adallm::nvfp4_linear_gated``, and the RMSNorm of a sum
+``adallm::nvfp4_linear_normed``: one pass over memory and one launch fewer where that product is in FP8.
 
 It is a pass of Inductor over the graph that is lowered next, by a name among ``post_grad_fusion_options``: these are
 in the keys of Inductor's and of vLLM's caches, and nothing of vLLM is replaced. Where ``silu_and_mul`` is an operator
-of vLLM's, and without ``torch.compile``, there is nothing to find.
+of vLLM's, the RMSNorm is none of its IR, and without ``torch.compile``, there is nothing to find.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import operator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,9 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from adallm.formats import NVFP4_BLOCK
+from adallm.fp8 import INPUT_DTYPES
 
-NAME = "adallm_gated"
+NAME = "adallm_linear"
 # What was compiled by another version of this file is compiled again.
 _VERSION = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
 
@@ -58,27 +61,76 @@ class _Pass:
         from adallm.kernels import ops  # noqa: F401  defines the operators
 
         found = 0
-        for linear in graph.find_nodes(op="call_function", target=torch.ops.adallm.nvfp4_linear.default):
-            found += _fuse(linear)
+        # In this order: a layer is looked for in front of a gated product.
+        for fuse in (_gated, _normed):
+            for linear in list(graph.find_nodes(op="call_function", target=torch.ops.adallm.nvfp4_linear.default)):
+                found += fuse(linear)
         counters["inductor"][NAME] += found
         return found
 
 
-def _fuse(linear: Node) -> bool:
-    if linear.kwargs or linear.args[1] is not None:
+def _gated(linear: Node) -> bool:
+    if (product := _front(linear)) is None or (gate_up := _halves_of(product)) is None:
         return False
-    chain = _through_views(linear.args[0])
-    product = chain[-1]
-    if any(len(node.users) != 1 for node in chain) or (gate_up := _halves_of(product)) is None:
-        return False
-    graph = linear.graph
-    with graph.inserting_before(linear):
-        fused = graph.call_function(torch.ops.adallm.nvfp4_linear_gated.default, (gate_up, *linear.args[2:]))
+    with linear.graph.inserting_before(linear):
+        fused = linear.graph.call_function(torch.ops.adallm.nvfp4_linear_gated.default, (gate_up, *linear.args[2:]))
     # Inductor would give gate_up the strides that x had.
     fused.meta = {name: value for name, value in linear.meta.items() if name != "eager_input_vals"}
     linear.replace_all_uses_with(fused)
     _erase(linear, until=gate_up)
     return True
+
+
+def _normed(linear: Node) -> bool:
+    first = _front(linear)
+    if first is None or first.target is not operator.getitem or first.args[1] != 0 or not _is_norm(first.args[0]):
+        return False
+    norm = first.args[0]
+    # What a layer has is an input of the graph. The new node is where the RMSNorm was, in front of who takes the sum.
+    if any(node.op not in ("placeholder", "get_attr") for node in linear.all_input_nodes if node is not linear.args[0]):
+        return False
+    x, residual, weight, eps = norm.args[:4]
+    with linear.graph.inserting_before(norm):
+        fused = linear.graph.call_function(
+            torch.ops.adallm.nvfp4_linear_normed.default, (x, residual, weight, eps, *linear.args[2:])
+        )
+        out, total = (linear.graph.call_function(operator.getitem, (fused, i)) for i in range(2))
+    out.meta, total.meta = dict(linear.meta), {"val": norm.meta["val"][1]}
+    out.meta.pop("eager_input_vals", None)
+    fused.meta = {"val": (out.meta["val"], total.meta["val"])}
+    linear.replace_all_uses_with(out)
+    for node in list(norm.users):
+        if node.args[1] == 1:
+            node.replace_all_uses_with(total)
+            linear.graph.erase_node(node)
+    _erase(linear, until=x)
+    return True
+
+
+def _is_norm(node: Node) -> bool:
+    """``vllm_ir.fused_add_rms_norm``, of matrices of one dtype and of all of a row."""
+    if node.op != "call_function" or str(node.target) != "vllm_ir.fused_add_rms_norm.default" or node.kwargs:
+        return False
+    x, residual, weight, _, *rest = node.args
+    if any(part is not None for part in rest) or weight is None or "val" not in node.meta:
+        return False
+    value, other, of_weight = (part.meta["val"] for part in (x, residual, weight))
+    return (
+        value.dim() == 2
+        and value.dtype == other.dtype
+        and of_weight.dim() == 1
+        and of_weight.dtype in INPUT_DTYPES
+        and value.shape[1] % NVFP4_BLOCK == 0
+        and statically_known_true(sym_eq(tuple(value.shape), tuple(other.shape)))
+    )
+
+
+def _front(linear: Node) -> Node | None:
+    """What computes the tokens of a layer and of it alone, views left out; None for tokens that are quantized."""
+    if linear.kwargs or linear.args[1] is not None:
+        return None
+    chain = _through_views(linear.args[0])
+    return None if any(len(node.users) != 1 for node in chain) else chain[-1]
 
 
 def _through_views(node: Node) -> list[Node]:

@@ -22,14 +22,14 @@ class Settings:
         activations: ``"bf16"`` (W4A16), ``"fp8"`` (W4A8) or ``"auto"``, which chooses by the number of tokens.
         lm_head: ``"fp8"`` (W8A8) or ``"nvfp4"`` (W4A16) to quantize an ``lm_head`` that the checkpoint has in 16 bits.
         allow_fallback: whether layers that our kernels do not run may go to vLLM's.
-        fuse: whether a gated MLP is quantized where it is computed, in models that ``torch.compile`` compiles; not
-            measured on a GPU yet, and so not the default.
+        fuse: whether RMSNorm and gated MLP are computed where they are quantized, in models that ``torch.compile``
+            compiles.
     """
 
     activations: str = "auto"
     lm_head: str = "checkpoint"
     allow_fallback: bool = False
-    fuse: bool = False
+    fuse: bool = True
 
     @classmethod
     def read(cls, additional_config: Any = None, environment: Mapping[str, str] = os.environ) -> Settings:
