@@ -190,8 +190,9 @@ def builds() -> list[Named]:
         added = {"x": x, "residual": x, "total": x, "weight": weight}
         found.append(_named(quantize.quantize_tokens, f"add_rms_norm {k}", added))
     for kind in ("bf16", "fp16"):
-        x, weight = meta(16, 8192, dtype=DTYPES[kind]), meta(8192, dtype=DTYPES[kind])
-        found.append(_named(silu.silu_and_mul, kind, {"x": x}))
+        found.append(_named(silu.silu_and_mul, kind, {"x": meta(16, 8192, dtype=DTYPES[kind])}))
+    for kind in ("bf16", "fp16"):
+        x, weight = meta(16, 4096, dtype=DTYPES[kind]), meta(4096, dtype=DTYPES[kind])
         given = {"x": x, "residual": x, "total": x, "weight": weight, "eps": 1e-6}
         found.append(_named(norm.add_rms_norm, kind, given))
     for head_size, queries in itertools.product(HEAD_SIZES, (1, 8)):
