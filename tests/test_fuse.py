@@ -17,6 +17,7 @@ pytest.importorskip("vllm", reason="needs vLLM")
 from torch._dynamo.utils import counters
 from torch._inductor import config
 from torch._inductor.decomposition import select_decomp_table
+from vllm.platforms import current_platform
 
 from adallm import nvfp4
 from adallm.kernels import ops  # noqa: F401  defines the operators
@@ -331,8 +332,8 @@ def test_the_options():
         ((8, 9), {"fuse": True, "activations": "fp8"}, True),
         ((9, 0), {}, True),
         ((9, 0), {"fuse": False}, False),
-        ((9, 0), {"fuse": True, "activations": "bf16"}, False),
-        ((8, 6), {"fuse": True}, False),
+        ((9, 0), {"activations": "bf16"}, True),
+        ((8, 6), {}, True),
         (None, {"fuse": True}, False),
     ],
 )
@@ -419,7 +420,8 @@ def test_in_vllms_backend_and_its_caches(tmp_path):
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
     (without, *errors), (fused, *more), (again, *last) = json.loads(line[6:])
     assert without == 4 * ["plain"]
-    assert fused == again == 2 * ["plain", "gated"]
+    # In front of ours, on a GPU alone, a pass of vLLM leaves no RMSNorm that is done in place.
+    assert fused == again == 2 * ["plain" if current_platform.is_cpu() else "normed", "gated"]
     assert max(error for error, _ in (errors, more, last)) < 1e-2
     # What was compiled for one is not found by the other.
     assert errors[1] != more[1] == last[1]

@@ -91,7 +91,7 @@ def test_the_gated_operator(monkeypatch, activations, m, bias):
     expected = product @ nvfp4.dequantize(t).double().T + (0 if b is None else b.double())
     in_fp8 = activations == "fp8" or (activations == "auto" and m >= 100 and not bias)
     assert launched == ([] if in_fp8 else ["silu_and_mul"])
-    assert error(y, expected) <= (4e-2 if in_fp8 else 3.5e-3)
+    assert error(y, expected) <= (6e-2 if in_fp8 else 3.5e-3)
     assert not in_fp8 or error(y, expected) > 1e-2
     assert not arrivals.any()
     # As of the product in BF16, which FP8 activations are not rounded to on their way.
@@ -126,7 +126,7 @@ def test_the_operator_behind_a_norm(monkeypatch, activations, m, bias):
     expected = normed @ nvfp4.dequantize(t).double().T + (0 if b is None else b.double())
     in_fp8 = activations == "fp8" or (activations == "auto" and m >= 100 and not bias)
     assert launched == ([] if in_fp8 else ["norm"])
-    assert error(y, expected) <= (4e-2 if in_fp8 else 3.5e-3)
+    assert error(y, expected) <= (6e-2 if in_fp8 else 3.5e-3)
     assert not in_fp8 or error(y, expected) > 1e-2
     assert not arrivals.any()
     y, total = ops._linear_normed(x[:0], residual[:0], weight, 1e-5, *rest)

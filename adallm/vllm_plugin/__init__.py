@@ -8,7 +8,7 @@ environment                  ``--additional-config`` ``adallm``      meaning
 ``ADALLM_ACTIVATIONS``       ``activations``: bf16, fp8, auto        W4A16, W4A8, or by the number of tokens
 ``ADALLM_LM_HEAD``           ``lm_head``: checkpoint, fp8, nvfp4     a BF16 ``lm_head`` as it is, or quantized
 ``ADALLM_ALLOW_FALLBACK=1``  ``allow_fallback``: true, false         layers that our kernels do not run go to vLLM's
-``ADALLM_FUSE=0``            ``fuse``: true, false                   RMSNorm and SiLU not where they are quantized
+``ADALLM_FUSE=0``            ``fuse``: true, false                   RMSNorm and SiLU are left to ``torch.compile``
 ``ADALLM_DISABLE=1``                                                 vLLM as if this package was not there
 ===========================  ======================================  =============================================
 """

@@ -1,6 +1,7 @@
 """What is in front of a linear layer, as vLLM compiles it: ``silu(gate_up[:, :K]) * gate_up[:, K:]`` and
 ``adallm::nvfp4_linear`` behind it become ``adallm::nvfp4_linear_gated``, and the RMSNorm of a sum
-``adallm::nvfp4_linear_normed``: one pass over memory and one launch fewer where that product is in FP8.
+``adallm::nvfp4_linear_normed``: one pass over memory and one launch fewer where that product is in FP8, kernels of ours
+in place of Inductor's where it is not.
 
 It is a pass of Inductor over the graph that is lowered next, by a name among ``post_grad_fusion_options``: these are
 in the keys of Inductor's and of vLLM's caches, and nothing of vLLM is replaced. Where ``silu_and_mul`` is an operator

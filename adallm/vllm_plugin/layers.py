@@ -42,8 +42,7 @@ class _Ours:
         capability = compat.capability()
         self._activations = self._settings.kind(capability)
         self._where = "reference on a CPU" if capability is None else "Triton"
-        # On a CPU there is no such operator, and W4A16 alone would gain nothing by it.
-        fuse.use(self._settings.fuse and capability is not None and self._activations != "bf16")
+        fuse.use(self._settings.fuse and capability is not None)  # on a CPU there is no such operator
         self._report = Report(config)
         self._experts: set[str] = set()  # methods of vLLM that were named in the log
         self._tied = _ties(config)

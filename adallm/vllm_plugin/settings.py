@@ -22,8 +22,8 @@ class Settings:
         activations: ``"bf16"`` (W4A16), ``"fp8"`` (W4A8) or ``"auto"``, which chooses by the number of tokens.
         lm_head: ``"fp8"`` (W8A8) or ``"nvfp4"`` (W4A16) to quantize an ``lm_head`` that the checkpoint has in 16 bits.
         allow_fallback: whether layers that our kernels do not run may go to vLLM's.
-        fuse: whether RMSNorm and gated MLP are computed where they are quantized, in models that ``torch.compile``
-            compiles.
+        fuse: whether an RMSNorm or a gated MLP in front of a layer is computed by its operator, in models that
+            ``torch.compile`` compiles.
     """
 
     activations: str = "auto"
