@@ -807,6 +807,33 @@ def test_who_runs_what_of_a_mixed_step(monkeypatch, flash):
     assert torch.equal(out[2:8], attention_of(q[2:8], keys, values, 16).bfloat16())
 
 
+@pytest.mark.parametrize("padding", [0, 3])
+def test_a_step_of_prompts_that_begin(monkeypatch, padding):
+    """All of its tokens, and none of those that fill it up."""
+    from adallm.vllm_plugin import prefill
+
+    lengths = [5, 8]
+    step, _ = split(monkeypatch, lengths, lengths)
+    kv, table, step.seq_lens, q, k, v = attention_step(lengths, lengths)
+    step.slot_mapping = last_slots(table, lengths, lengths)
+    q, k, v = (functional.pad(x, (0, 0, 0, 0, 0, padding), value=float("nan")) for x in (q, k, v))
+    out = torch.full_like(q, 7.0)
+    given = []
+    monkeypatch.setattr(prefill, "version", lambda *_, **__: 3)
+    varlen = lambda **arguments: given.append(arguments)  # noqa: E731
+    monkeypatch.setattr("vllm.v1.attention.backends.fa_utils.flash_attn_varlen_func", varlen, raising=False)
+    implementation(16).forward(LAYER, q, k, v, kv.view(torch.uint8), step, out)
+    (arguments,) = given
+    for name, x in {"q": q, "k": k, "v": v, "out": out}.items():
+        assert arguments[name].shape == (13, *x.shape[1:])
+        assert arguments[name].data_ptr() == x.data_ptr()
+    assert arguments["cu_seqlens_q"].tolist() == arguments["cu_seqlens_k"].tolist() == [0, 5, 13]
+    written = kv.transpose(1, 2).reshape(-1, 2, 128)[step.slot_mapping].float() * torch.tensor(
+        [0.5, 2.0]
+    ).repeat_interleave(64)
+    assert (written - torch.cat((k, v), -1)[:13].float()).abs().max() <= 0.3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_head_that_the_checkpoint_has_in_nvfp4(tmp_path, layout):

@@ -267,9 +267,11 @@ class Impl(TritonAttentionImpl):
     ) -> None:
         """Keys and values from a token on to their slots, unless another layer has written those of this one."""
         if self._writes and step.num_actual_tokens > first:
-            of = slice(first, len(step.slot_mapping))
-            scales = self._scales(layer)
-            write_kv(key[of], value[of], *caches, step.slot_mapping[of], **scales, checked=self._written)
+            slots = step.slot_mapping
+            if first or len(slots) < len(key):
+                of = slice(first, len(slots))
+                key, value, slots = key[of], value[of], slots[of]
+            write_kv(key, value, *caches, slots, **self._scales(layer), checked=self._written)
             self._written = True
 
 
