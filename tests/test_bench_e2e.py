@@ -89,14 +89,20 @@ def test_vllm_is_not_imported_with_it():
 def test_implementations():
     others = {"bf16", "stock-humming-bf16kv", "adallm-w4a16-bf16kv", "adallm-w4a8-bf16kv"}
     assert IMPLS.keys() == {*OURS, *STOCK, *others, "bf16-fp8kv"}
-    assert (len(OURS), len(STOCK)) == (4, 4)
+    assert (len(OURS), len(STOCK)) == (5, 5)
+    for name in (*OURS, *STOCK):
+        plain, graphs = (_e2e_impls.options(IMPLS[of]) for of in (name.removesuffix("-graphs"), name))
+        more = {"cudagraph_capture_sizes": list(_e2e_impls.GRAPHS)} if name.endswith("-graphs") else {}
+        assert graphs == plain | more
+    assert list(_e2e_impls.GRAPHS) == sorted(set(_e2e_impls.GRAPHS))
+    assert _e2e_impls.GRAPHS[-1] == 2048
     for name in others:
         options = _e2e_impls.options(IMPLS[name])
         assert not {"kv_cache_dtype", "attention_backend"} & options.keys()
         assert ("linear_backend" in options, "additional_config" in options) == ("stock" in name, "adallm" in name)
     for name in STOCK:
         options = _e2e_impls.options(IMPLS[name])
-        _, linear, attention = name.split("-")
+        _, linear, attention, *_ = name.split("-")
         assert options["linear_backend"] == linear
         assert options["attention_backend"] == {"flashinfer": "FLASHINFER", "triton": "TRITON_ATTN"}[attention]
         assert options["kv_cache_dtype"] == "fp8"
@@ -204,7 +210,7 @@ def test_every_case_is_measured_and_recorded(tmp_path, capsys):
     assert ["quantization_config" in start[2] for start in starts] == [impl.quantized for impl in IMPLS.values()]
     assert fake.environments["bf16"]["ADALLM_DISABLE"] == "1"
     rows = record(tmp_path)["rows"]
-    assert len(rows) == 13 * (5 + 6 + 12)
+    assert len(rows) == 15 * (5 + 6 + 12)
     assert [(row["metric"], row["batch"]) for row in rows[:11]] == [
         ("start_s", None), ("weights_gib", None), ("prefill_tok_s", 8), ("decode_tok_s", 1), ("decode_tok_s", 2),
         ("decode_tok_s", 4), ("decode_tok_s", 8), ("decode_tok_s", 16), ("decode_tok_s", 64), ("long_tok_s", 1),
@@ -221,7 +227,7 @@ def test_every_case_is_measured_and_recorded(tmp_path, capsys):
     }  # fmt: skip
     assert record(tmp_path)["absent"] == []
     out = capsys.readouterr().out
-    assert out.startswith("299 cases to measure on H100, 0 in the record already\nbf16: starting\nbf16 start: 12.5 s\n")
+    assert out.startswith("345 cases to measure on H100, 0 in the record already\nbf16: starting\nbf16 start: 12.5 s\n")
     assert "bf16 decode x1: 100 tok/s" in out
 
 

@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 MAX_LEN = 8448  # tokens of a sequence: the longest prompt, 8192, and what is generated
+# Tokens of the steps that CUDA graphs are made for: vLLM's own choice, which ends at 512, and on to steps of a few
+# prompts, which the host may take longer to launch than the GPU to compute.
+GRAPHS = (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16), *range(576, 1025, 64), *range(1152, 2049, 128))
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,10 @@ def _with(attention: str | None, impl: Impl) -> Impl:
     )
 
 
+def _graphs(impl: Impl) -> Impl:
+    return replace(impl, options={**impl.options, "cudagraph_capture_sizes": list(GRAPHS)})
+
+
 _BF16 = Impl(False, expected={"quantization": "None", "linear": "Unquantized", "head": "Unquantized"})
 IMPLS = {
     "bf16": _BF16,
@@ -67,6 +74,7 @@ IMPLS = {
     "stock-marlin-triton": _stock("marlin", "MarlinNvFp4", "TRITON_ATTN"),
     "stock-humming-flashinfer": _stock("humming", "HummingNvFp4", "FLASHINFER"),
     "stock-humming-triton": _stock("humming", "HummingNvFp4", "TRITON_ATTN"),
+    "stock-humming-flashinfer-graphs": _graphs(_stock("humming", "HummingNvFp4", "FLASHINFER")),
     "stock-humming-bf16kv": _stock("humming", "HummingNvFp4", None),
     "adallm-w4a16-bf16kv": _ours("bf16", "adallm W4A16", attention=None),
     "adallm-w4a8-bf16kv": _ours("fp8", "adallm W4A8", attention=None),
@@ -74,6 +82,7 @@ IMPLS = {
     "adallm-w4a8": _ours("fp8", "adallm W4A8"),
     "adallm-auto": _ours("auto", "adallm W4A"),
     "adallm-auto-lm-head": _ours("auto", "adallm W4A", "nvfp4"),
+    "adallm-auto-lm-head-graphs": _graphs(_ours("auto", "adallm W4A", "nvfp4")),
 }
 # Ratios are of implementations with NVFP4 weights and an FP8 KV cache.
 OURS = tuple(name for name, impl in IMPLS.items() if impl.ours and impl.kv_cache == "fp8")

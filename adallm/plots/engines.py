@@ -16,6 +16,7 @@ IMPLS = {
     "stock-marlin-triton": "Stock: Marlin, Triton",
     "stock-humming-flashinfer": "Stock: Humming, FlashInfer",
     "stock-humming-triton": "Stock: Humming, Triton",
+    "stock-humming-flashinfer-graphs": "Stock: Humming, FlashInfer, more graphs",
     "stock-humming-bf16kv": "Stock: Humming, BF16 cache",
     "adallm-w4a16-bf16kv": "AdaLLM W4A16, BF16 cache",
     "adallm-w4a8-bf16kv": "AdaLLM W4A8, BF16 cache",
@@ -23,6 +24,7 @@ IMPLS = {
     "adallm-w4a8": "AdaLLM W4A8",
     "adallm-auto": "AdaLLM auto",
     "adallm-auto-lm-head": "AdaLLM auto, NVFP4 lm_head",
+    "adallm-auto-lm-head-graphs": "AdaLLM auto, NVFP4 lm_head, more graphs",
 }
 # Of stock vLLM with an FP8 cache the fastest in each case stands for all; a figure of few lines has these.
 STOCK = "stock"
