@@ -315,10 +315,13 @@ def test_the_options():
     fuse.use(True)
     first = dict(config.post_grad_fusion_options)
     fuse.use(True)
-    assert config.post_grad_fusion_options == first == {"decompose_mm_pass": {}, fuse.NAME: {"version": fuse._VERSION}}
+    ours = {"version": fuse._VERSION, "norms": True}
+    assert config.post_grad_fusion_options == first == {"decompose_mm_pass": {}, fuse.NAME: ours}
     # By which Inductor's caches, and vLLM's, tell graphs with it from those without.
     assert config.save_config_portable()["post_grad_fusion_options"] == first
     assert fuse.used()
+    fuse.use(True, norms=False)
+    assert config.post_grad_fusion_options[fuse.NAME] == ours | {"norms": False}
     fuse.use(False)
     fuse.use(False)
     assert config.post_grad_fusion_options == {"decompose_mm_pass": {}}
@@ -346,6 +349,21 @@ def test_when_a_quantization_config_asks_for_it(monkeypatch, capability, setting
     ours._prepare()
     ours._prepare()
     assert fuse.used() is wanted
+
+
+@pytest.mark.parametrize("name", ["fuse_allreduce_rms", "enable_sp", "fuse_act_quant"])
+def test_norms_that_a_pass_of_vllm_looks_for(monkeypatch, calls, name):
+    monkeypatch.setattr(compat, "capability", lambda: (9, 0))
+    passes = types.SimpleNamespace(**{name: True})
+    engine = types.SimpleNamespace(
+        additional_config={}, model_config=None, compilation_config=types.SimpleNamespace(pass_config=passes)
+    )
+    monkeypatch.setattr(layers, "get_current_vllm_config_or_none", lambda: engine)
+    layers._Ours()._prepare()
+    with torch.inference_mode():
+        torch.compile(Layer())(*torch.randn(2, 7, WIDE).bfloat16())
+    first = "normed" if name == "fuse_act_quant" else "plain"
+    assert [name for name, _ in calls] == ["plain", first, "gated", first]
 
 
 IN_VLLM = """

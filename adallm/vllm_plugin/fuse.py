@@ -33,15 +33,19 @@ aten, prims = torch.ops.aten, torch.ops.prims
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
-def use(wanted: bool) -> None:
-    """Fuse in what this process compiles from now on, or do not; again is no error."""
+def use(wanted: bool, *, norms: bool = True) -> None:
+    """Fuse in what this process compiles from now on, or do not; again is no error.
+
+    Args:
+        norms: those too, which passes of vLLM's may be looking for.
+    """
     options = {name: given for name, given in config.post_grad_fusion_options.items() if name != NAME}
     if wanted:
         # Here: of Inductor's own, and needed by those alone who want it.
         from torch._inductor.fx_passes.split_cat import POST_GRAD_PATTERNS
 
-        POST_GRAD_PATTERNS[NAME] = _Pass()  # first: a name that is not there is an error
-        options[NAME] = {"version": _VERSION}
+        POST_GRAD_PATTERNS[NAME] = _Pass(norms)  # first: a name that is not there is an error
+        options[NAME] = {"version": _VERSION, "norms": norms}
     config.post_grad_fusion_options = options
 
 
@@ -55,6 +59,9 @@ class _Pass:
 
     pass_name = NAME
 
+    def __init__(self, norms: bool = True) -> None:
+        self._fuse = (_gated, _normed) if norms else (_gated,)
+
     def apply(self, graph: Graph) -> int:
         """How many were fused."""
         from torch._dynamo.utils import counters
@@ -63,7 +70,7 @@ class _Pass:
 
         found = 0
         # In this order: a layer is looked for in front of a gated product.
-        for fuse in (_gated, _normed):
+        for fuse in self._fuse:
             for linear in list(graph.find_nodes(op="call_function", target=torch.ops.adallm.nvfp4_linear.default)):
                 found += fuse(linear)
         counters["inductor"][NAME] += found
