@@ -10,6 +10,7 @@ import types
 
 import pytest
 import torch
+from torch._inductor import config
 
 from adallm.kernels import choice
 from adallm.vllm_plugin import ahead, compat, fuse
@@ -110,14 +111,15 @@ def test_it_ends_with_the_engine(process):
     assert alive == []
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_which_sizes_are_behind_a_gated_mlp_or_a_norm(monkeypatch, fused):
-    monkeypatch.setattr(fuse, "used", lambda: fused)
+@pytest.mark.parametrize(("fused", "norms"), [(True, True), (True, False), (False, False)])
+def test_which_sizes_are_behind_a_gated_mlp_or_a_norm(fused, norms):
     sizes = [(96, 64), (64, 64), (256, 64), (64, 128)]  # qkv, o, gate_up, down
     linear = [types.SimpleNamespace(out_features=n, in_features=k, activations="auto", bias=None) for n, k in sizes]
-    found = list(ahead._linear(linear, 64))
+    with config.patch(post_grad_fusion_options={}):
+        fuse.use(fused, norms=norms)
+        found = list(ahead._linear(linear, 64))
     assert [(x.n, x.k) for x in found if x.gated] == ([(64, 128)] if fused else [])
-    assert [(x.n, x.k) for x in found if x.normed] == ([(96, 64), (64, 64), (256, 64)] if fused else [])
+    assert [(x.n, x.k) for x in found if x.normed] == ([(96, 64), (64, 64), (256, 64)] if norms else [])
 
 
 def test_of_an_engine(monkeypatch):

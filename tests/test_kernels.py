@@ -334,11 +334,13 @@ def test_add_rms_norm_of_what_does_not_fit():
                 quantize_tokens(y, **fits | changed)
     for match, options in (
         ("contiguous total", {"weight": weight, "residual": x}),
-        ("without the weight", {"residual": x, "total": x}),
-        ("gated", {"weight": weight[:8], "gated": True}),
+        ("which has a weight", {"residual": x, "total": x}),
+        ("which has a weight", {"total": x}),
+        ("and no gate", {"weight": weight, "gated": True}),
+        ("and no gate", {"total": x, "gated": True}),
     ):
         with pytest.raises(ValueError, match=match):
-            quantize_tokens(x if "gated" not in options else torch.cat((x, x), 1), **options)
+            quantize_tokens(torch.cat((x, x), 1) if "gated" in options else x, **options)
 
 
 def test_silu_and_mul_of_what_is_no_number_and_of_no_tokens():
@@ -421,7 +423,7 @@ def test_blocks_cover_the_output():
         ("x is", (2, 4, 16), {}),
         ("weight is", (4, 32), {"weight": torch.ones(16, device=DEVICE)}),
         ("weight is", (4, 32), {"weight": torch.ones(64, device=DEVICE)[::2]}),
-        ("weight or residual is", (4, 32), {"weight": torch.ones(16, device=DEVICE), "gated": True}),
+        ("weight, residual or total is", (4, 32), {"weight": torch.ones(16, device=DEVICE), "gated": True}),
     ],
 )
 def test_tokens_that_the_kernel_would_misread(match, x, options):

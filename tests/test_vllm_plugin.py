@@ -223,6 +223,7 @@ def test_settings():
     assert Settings.read({"adallm": {"fuse": True}}, {"ADALLM_FUSE": "0"}) == Settings()
     for additional, environment, said in (
         (None, {"ADALLM_FUSE": "off"}, "ADALLM_FUSE is 'off'; supported: 0, 1"),
+        ({"adallm": {"fuse": "off"}}, {"ADALLM_FUSE": "1"}, "adallm.fuse is 'off'; supported: 0, 1"),
         (None, {"ADALLM_ACTIVATIONS": "int8"}, "ADALLM_ACTIVATIONS is 'int8'; supported: auto, bf16, fp8"),
         ({"adallm": {"activations": "fp4"}}, {}, "adallm.activations is 'fp4'"),
         ({"adallm": {"activation": "fp8"}}, {}, r"\['activation'\]; supported: activations, lm_head, allow_fallback"),

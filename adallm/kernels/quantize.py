@@ -193,12 +193,10 @@ def quantize_tokens(
     m, k = x.shape[0], x.shape[1] // halves
     if x.stride(1) != 1:
         x = x.contiguous()
-    if gated and (weight is not None or residual is not None):
-        raise ValueError("weight or residual is given; an RMSNorm's do not belong to gated activations")
-    if weight is not None:
+    if weight is not None and not gated:
         norm.check(x, weight, residual, total)
-    elif residual is not None:
-        raise ValueError("residual is given without the weight of an RMSNorm")
+    elif weight is not None or residual is not None or total is not None:
+        raise ValueError("weight, residual or total is given; they are of an RMSNorm, which has a weight and no gate")
     if residual is not None:
         kind = "add_rms_norm"
         residual = residual if residual.stride(1) == 1 else residual.contiguous()

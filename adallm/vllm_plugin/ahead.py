@@ -129,10 +129,10 @@ def start(config: Any, linear: Iterable[NVFP4Linear]) -> None:
 def _linear(linear: Iterable[NVFP4Linear], hidden: int) -> Iterator[Linear]:
     from adallm.vllm_plugin import fuse  # here: it imports much of torch, which the other processes do not need
 
-    linear, used = list(linear), fuse.used()
-    widths = {x.out_features for x in linear}
+    linear, norms = list(linear), fuse.norms()
+    widths = {x.out_features for x in linear} if fuse.used() else set()
     for x in linear:
-        gated, normed = used and 2 * x.in_features in widths, used and x.in_features == hidden
+        gated, normed = 2 * x.in_features in widths, norms and x.in_features == hidden
         yield Linear(x.out_features, x.in_features, x.activations, x.bias is not None, gated, normed)
 
 

@@ -54,6 +54,11 @@ def used() -> bool:
     return NAME in config.post_grad_fusion_options
 
 
+def norms() -> bool:
+    """Whether RMSNorms are among that."""
+    return config.post_grad_fusion_options.get(NAME, {}).get("norms", False)
+
+
 class _Pass:
     """Stands for a ``PatternMatcherPass`` of Inductor, whose patterns do not reach across views."""
 

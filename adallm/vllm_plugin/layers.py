@@ -42,7 +42,7 @@ class _Ours:
         capability = compat.capability()
         self._activations = self._settings.kind(capability)
         self._where = "reference on a CPU" if capability is None else "Triton"
-        # Among several GPUs vLLM may join an RMSNorm with the sum over them, which saves more.
+        # Among several GPUs vLLM has passes that join an RMSNorm with the sum over them.
         passes = getattr(getattr(config, "compilation_config", None), "pass_config", None)
         norms = not any(getattr(passes, name, False) for name in ("fuse_allreduce_rms", "enable_sp"))
         fuse.use(self._settings.fuse and capability is not None, norms=norms)  # on a CPU there is no such operator

@@ -139,7 +139,7 @@ class FlashAttention:
     def begin(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, prompts: Beginning) -> None:
         """Attention of ``[tokens, heads, D]`` in 16 bits, each tensor of the whole step."""
         starts, longest = prompts.starts, prompts.longest
-        if prompts.tokens < len(q):  # slices take the host longer than this asks
+        if prompts.tokens < len(q):
             tokens = slice(prompts.first_token, prompts.first_token + prompts.tokens)
             q, k, v, out = q[tokens], k[tokens], v[tokens], out[tokens]
         self._attend(q, k, v, out, starts, starts, longest, longest)

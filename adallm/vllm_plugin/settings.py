@@ -50,9 +50,12 @@ class Settings:
                 f"additional_config['adallm'] has {unknown}; supported: {', '.join(cls.__dataclass_fields__)}"
             )
 
-        def choice(name: str, supported: tuple[str, ...]) -> str:
+        def found(name: str) -> tuple[str, Any]:
             variable = f"ADALLM_{name.upper()}"
-            where, value = (f"adallm.{name}", given[name]) if name in given else (variable, environment.get(variable))
+            return (f"adallm.{name}", given[name]) if name in given else (variable, environment.get(variable))
+
+        def choice(name: str, supported: tuple[str, ...]) -> str:
+            where, value = found(name)
             if value in (None, ""):
                 return supported[0]
             if value not in supported:
@@ -60,12 +63,11 @@ class Settings:
             return value
 
         def switch(name: str, otherwise: bool) -> bool:
-            variable = f"ADALLM_{name.upper()}"
-            value = given.get(name, environment.get(variable, ""))
-            if value == "":
+            where, value = found(name)
+            if value in (None, ""):
                 return otherwise
             if str(value).lower() not in _BOOLEANS:
-                raise ValueError(f"{variable} is {value!r}; supported: 0, 1")
+                raise ValueError(f"{where} is {value!r}; supported: 0, 1")
             return _BOOLEANS[str(value).lower()]
 
         return cls(
