@@ -23,7 +23,7 @@ def _add_vllm_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(vllm_options=[])
 
 
-def _vllm_options(args: argparse.Namespace) -> list[str]:
+def _vllm_options(args: argparse.Namespace, *, graphs: bool = False) -> list[str]:
     from adallm import serve
 
     return serve.options(
@@ -31,6 +31,7 @@ def _vllm_options(args: argparse.Namespace) -> list[str]:
         args.vllm_options,
         kv_cache_dtype=args.kv_cache_dtype,
         decode_kernel=not args.no_fp8_decode_kernel,
+        graphs=graphs,
         capability=serve.capability(),
     )
 
@@ -51,7 +52,7 @@ def add_serve(subparsers: Any) -> None:
 def _serve(args: argparse.Namespace) -> int:
     from adallm import serve
 
-    serve.serve(args.model, _vllm_options(args), activations=args.activations)
+    serve.serve(args.model, _vllm_options(args, graphs=True), activations=args.activations)
     return 0
 
 

@@ -1,8 +1,8 @@
 """``adallm serve`` and ``adallm run``: vLLM's server, and a conversation on the terminal, with our choices for it.
 
 Both take every option of ``vllm serve``. What is added where it is not given: an FP8 KV cache where the GPU has FP8
-cores, and with it the attention backend ``CUSTOM``, which has our decode kernel; and to the server 30 seconds for
-requests in progress, when it is asked to end.
+cores, and with it the attention backend ``CUSTOM``, which has our decode kernel; to the server CUDA graphs for steps of
+up to 2,048 tokens too, and 30 seconds for requests in progress, when it is asked to end.
 """
 
 from __future__ import annotations
@@ -19,9 +19,21 @@ import torch
 
 from adallm import vllm_plugin
 from adallm.paged import HEAD_SIZES, MAX_GQA
-from adallm.vllm_plugin.compat import FP8, LAST
+from adallm.vllm_plugin.compat import FIRST, FP8, GRAPHS, LAST
 
 _SHUTDOWN_SECONDS = 30  # for requests in progress when the server is asked to end
+# With one of these, or one that begins so, vLLM makes no graphs, or makes them for sizes given or found otherwise.
+_ABOUT_GRAPHS = {
+    "--compilation-config",
+    "-cc",
+    "--optimization-level",
+    "--performance-mode",
+    "--enforce-eager",
+    "--speculative-config",
+    "-sc",
+    "--config",
+}
+_ABOUT_GRAPHS_PREFIXES = ("--cudagraph-", "--max-cudagraph-", "--spec-", "-O")
 
 
 def options(
@@ -30,6 +42,7 @@ def options(
     *,
     kv_cache_dtype: str | None,
     decode_kernel: bool,
+    graphs: bool,
     capability: tuple[int, int] | None,
 ) -> list[str]:
     """The options of vLLM: those that are given, and ours.
@@ -38,14 +51,21 @@ def options(
         given: options that are vLLM's.
         kv_cache_dtype: None for our choice.
         decode_kernel: whether an FP8 cache is read by our kernel.
+        graphs: whether steps of up to 2,048 tokens get CUDA graphs, unless an option that is given is about them.
         capability: as the function says.
     """
     suits = capability is not None and FP8 <= capability <= LAST
     kind = kv_cache_dtype or ("fp8" if suits else "auto")
     added = ["--kv-cache-dtype", kind] if kind != "auto" else []
-    chosen = any(option.partition("=")[0] in ("--attention-backend", "--attention-config", "-ac") for option in given)
+    # vLLM takes "_" for "-", a value behind "=", and a key of an option behind ".".
+    names = [option.partition("=")[0].partition(".")[0].replace("_", "-") for option in given]
+    chosen = {"--attention-backend", "--attention-config", "-ac"}.intersection(names)
     if suits and kind in ("fp8", "fp8_e4m3") and decode_kernel and not chosen and _fits(model):
         added += ["--attention-backend", "CUSTOM"]
+    ours = capability is not None and FIRST <= capability <= LAST
+    told = _ABOUT_GRAPHS.intersection(names) or any(name.startswith(_ABOUT_GRAPHS_PREFIXES) for name in names)
+    if ours and graphs and not told:
+        added += ["--cudagraph-capture-sizes", *(str(size) for size in GRAPHS)]
     return [*given, *added]
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from adallm import checkpoint, cli, evaluate, serve
+from adallm.vllm_plugin import compat
 
 MODEL = evaluate.BUNDLED_MODEL
 ADA, HOPPER, AMPERE, BLACKWELL = (8, 9), (9, 0), (8, 6), (12, 0)
@@ -30,12 +31,57 @@ ADA, HOPPER, AMPERE, BLACKWELL = (8, 9), (9, 0), (8, 6), (12, 0)
         (ADA, [], "fp8_e5m2", True, ["--kv-cache-dtype", "fp8_e5m2"]),
         (ADA, [], None, False, ["--kv-cache-dtype", "fp8"]),
         (ADA, ["--attention-backend=FLASHINFER"], None, True, ["--kv-cache-dtype", "fp8"]),
+        (ADA, ["--attention_backend", "FLASHINFER"], None, True, ["--kv-cache-dtype", "fp8"]),
+        (ADA, ["--attention-config.backend=FLASHINFER"], None, True, ["--kv-cache-dtype", "fp8"]),
         (None, [], "fp8", True, ["--kv-cache-dtype", "fp8"]),
     ],
 )
 def test_options(capability, given, kind, kernel, added):
-    found = serve.options(str(MODEL), given, kv_cache_dtype=kind, decode_kernel=kernel, capability=capability)
+    found = options(str(MODEL), given, kv_cache_dtype=kind, decode_kernel=kernel, capability=capability)
     assert found == [*given, *added]
+
+
+def options(model, given, *, kv_cache_dtype=None, decode_kernel=True, graphs=False, capability):
+    return serve.options(
+        model, given, kv_cache_dtype=kv_cache_dtype, decode_kernel=decode_kernel, graphs=graphs, capability=capability
+    )
+
+
+@pytest.mark.parametrize(
+    ("capability", "given", "added"),
+    [
+        (None, [], False),
+        (BLACKWELL, [], False),
+        (AMPERE, [], True),
+        (HOPPER, ["--max-num-batched-tokens", "1024", "--config-format", "hf"], True),
+        (ADA, ["--cudagraph-capture-sizes", "1", "2"], False),
+        (ADA, ["--max_cudagraph_capture_size=64"], False),
+        (ADA, ["--compilation-config", "{}"], False),
+        (ADA, ["--compilation-config.cudagraph_mode=NONE"], False),
+        (ADA, ["-cc.mode=0"], False),
+        (ADA, ["-O0"], False),
+        (ADA, ["--enforce-eager"], False),
+        (ADA, ["--speculative-config", "{}"], False),
+        (ADA, ["--spec-tokens", "3"], False),
+        (ADA, ["--config", "file.yaml"], False),
+    ],
+)
+def test_graphs(capability, given, added):
+    found = options("a/name", given, kv_cache_dtype="auto", graphs=True, capability=capability)
+    sizes = ["--cudagraph-capture-sizes", *map(str, compat.GRAPHS)]
+    assert found == [*given, *(sizes if added else [])]
+
+
+def test_graphs_are_of_vllms_own_sizes_and_more():
+    pytest.importorskip("vllm", reason="needs vLLM")
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    parsed = parser.parse_args(options("a/name", ["--seed", "1"], graphs=True, capability=AMPERE))
+    assert parsed.cudagraph_capture_sizes == list(compat.GRAPHS)
+    assert {1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)} < set(compat.GRAPHS)
+    assert max(compat.GRAPHS) == 2048
 
 
 def test_a_model_that_the_decode_kernel_does_not_take(tmp_path):
@@ -47,9 +93,9 @@ def test_a_model_that_the_decode_kernel_does_not_take(tmp_path):
         ('{"text_config": {"num_attention_heads": 8, "head_dim": 256}}', True),
     ):
         (tmp_path / "config.json").write_text(config)
-        found = serve.options(str(tmp_path), [], kv_cache_dtype=None, decode_kernel=True, capability=ADA)
+        found = options(str(tmp_path), [], capability=ADA)
         assert ("CUSTOM" in found) == fits
-    assert "CUSTOM" in serve.options("a/name", [], kv_cache_dtype=None, decode_kernel=True, capability=ADA)
+    assert "CUSTOM" in options("a/name", [], capability=ADA)
 
 
 def test_it_becomes_vllm(monkeypatch):

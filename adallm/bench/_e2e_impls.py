@@ -11,10 +11,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from adallm.vllm_plugin.compat import GRAPHS
+
 MAX_LEN = 8448  # tokens of a sequence: the longest prompt, 8192, and what is generated
-# Tokens of the steps that CUDA graphs are made for: vLLM's own choice, which ends at 512, and on to steps of a few
-# prompts, which the host may take longer to launch than the GPU to compute.
-GRAPHS = (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16), *range(576, 1025, 64), *range(1152, 2049, 128))
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,10 @@ from typing import Any
 # Compute capabilities: the first and the last that the kernels are for, and the first with FP8 cores.
 FIRST, FP8, LAST = (8, 0), (8, 9), (9, 0)
 
+# Tokens of the steps that CUDA graphs are made for: vLLM's own choice, which ends at 512, and on to steps of a few
+# prompts, which the host may take longer to launch than the GPU to compute.
+GRAPHS = (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16), *range(576, 1025, 64), *range(1152, 2049, 128))
+
 
 def capability() -> tuple[int, int] | None:
     """Of the CUDA GPU, without a context on it; None on a CPU."""
