@@ -33,21 +33,30 @@ def records(*, root: Path | None = None, model: str = MODEL) -> list[dict[str, A
     return found
 
 
+# An implementation with this behind its name is the same with CUDA graphs for steps of more tokens.
+GRAPHS = "-graphs"
+
+
 def widest(
-    known: Sequence[Mapping[str, Any]], *, metric: str, impls: Sequence[str] | None = None
+    known: Sequence[Mapping[str, Any]], *, metric: str, impls: Sequence[str] | None = None, first: str | None = None
 ) -> Mapping[str, Any] | None:
     """The record in which the most implementations have a metric, of several the latest; None if no record has any.
 
     Args:
         known: records.
         impls: implementations that count; None for all.
+        first: a card, as ``card`` names it; its record is taken if it has any, however many others have.
     """
 
     def count(record: Mapping[str, Any]) -> int:
         of = {row["impl"] for row in record["rows"] if row["metric"] == metric}
         return len(of if impls is None else of.intersection(impls))
 
-    best = max(known, key=lambda record: (count(record), record["provenance"]["date"]), default=None)
+    def rank(record: Mapping[str, Any]) -> tuple[bool, int, str]:
+        n = count(record)
+        return n > 0 and card(record) == first, n, record["provenance"]["date"]
+
+    best = max(known, key=rank, default=None)
     return best if best is not None and count(best) else None
 
 
@@ -62,6 +71,20 @@ def values(record: Mapping[str, Any]) -> dict[tuple[str, int | None], dict[str, 
     for row in record["rows"]:
         found.setdefault((row["metric"], row["batch"]), {})[row["impl"]] = row["value"]
     return found
+
+
+def graph_pairs(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Each metric of an implementation with CUDA graphs for steps of more tokens, and of the same without.
+
+    Returns:
+        Rows ``impl``, ``metric``, ``batch``, ``value``, ``graphs``: of that without, its value, that with.
+    """
+    return [
+        {"impl": impl, "metric": metric, "batch": batch, "value": value, "graphs": of[impl + GRAPHS]}
+        for (metric, batch), of in values(record).items()
+        for impl, value in of.items()
+        if impl + GRAPHS in of
+    ]
 
 
 def cache_pairs(record: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -36,6 +36,11 @@ def test_the_widest_has_the_most_implementations_with_the_metric():
     assert engines.widest(known, metric="decode_tok_s", impls=("adallm-auto", "x")) is many
     assert engines.widest(known, metric="decode_tok_s", impls=("x",)) is None
     assert engines.widest([], metric="decode_tok_s") is None
+    other = record(row("bf16"), gpu="NVIDIA H100 80GB HBM3")
+    assert engines.widest([*known, other], metric="decode_tok_s", first="H100") is other
+    assert engines.widest([*known, other], metric="decode_tok_s", first="L4") is same
+    assert engines.widest([*known, other], metric="itl_p99_ms", first="H100") is few
+    assert engines.widest([*known, other], metric="decode_tok_s", impls=("adallm-auto",), first="H100") is many
 
 
 @pytest.mark.parametrize(("gpu", "name"), [("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H200", "H200"), (None, "CPU")])
@@ -54,9 +59,20 @@ def test_cache_pairs_are_ratios_to_the_fastest_of_the_same_weights():
     assert engines.values(record(*rows))["peak_gib", 8] == {"stock-humming-triton": 7.0, "stock-humming-bf16kv": 7.0}
 
 
+def test_graph_pairs_are_of_one_implementation():
+    rows = [row("adallm-auto", value=3.0), row("adallm-auto-graphs", value=4.0), row("stock-a-graphs", value=5.0)]
+    rows += [row("adallm-auto-graphs", "itl_p99_ms", 1.0)]
+    wanted = {"impl": "adallm-auto", "metric": "decode_tok_s", "batch": 1, "value": 3.0, "graphs": 4.0}
+    assert engines.graph_pairs(record(*rows)) == [wanted]
+
+
 def test_names_are_those_of_the_benchmark():
     impls = pytest.importorskip("adallm.bench._e2e_impls").IMPLS
-    ours = [name for name, impl in impls.items() if impl.ours and impl.kv_cache == "fp8" and "graphs" not in name]
+    ours = [
+        name
+        for name, impl in impls.items()
+        if impl.ours and impl.kv_cache == "fp8" and not name.endswith(engines.GRAPHS)
+    ]
     assert list(engines.OURS) == ours
     assert set(engines.CACHES) == {name for name, impl in impls.items() if impl.kv_cache == "auto"}
     assert {other for _, others in engines.CACHES.values() for other in others} <= impls.keys()

@@ -56,6 +56,19 @@ def test_a_bf16_cache_is_no_part_of_stock_with_an_fp8_cache(record):
     assert len(left.lines) == len(plots.tokens_per_second(record).axes[0].lines)
 
 
+def test_more_graphs_are_the_same_engine_where_they_are_faster(record):
+    before = {line.get_label(): line for line in plots.tokens_per_second(record).axes[0].lines}
+    more = with_implementation(record, "adallm-auto-lm-head-graphs", "adallm-auto-lm-head", 2)
+    results.find(more, impl="adallm-auto-lm-head-graphs", metric="decode_tok_s", batch=1)["value"] = 1.0
+    left, right = plots.tokens_per_second(more).axes
+    after = {line.get_label(): line for line in left.lines}
+    assert after.keys() == before.keys()
+    name = "AdaLLM auto, NVFP4 lm_head"
+    factors = after[name].get_ydata() / before[name].get_ydata()
+    assert factors.tolist() == [1.0, *[2.0] * (len(factors) - 1)]
+    assert f"{name}, more graphs" in names(right)
+
+
 def test_implementations_that_are_not_known_are_drawn_by_their_name(record):
     more = with_implementation(record, "another", "bf16", 2)
     assert names(plots.engine_memory(more).axes[0])[-1] == "another"

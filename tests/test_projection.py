@@ -132,6 +132,13 @@ def test_check_compares_what_both_measured():
     assert [(r["batch"], r["truth"], r["inside"]) for r in found] == [(1, inside["low"], True), (2, 1.0, False)]
 
 
+def test_check_compares_no_two_commits_of_our_kernels():
+    source, target = record(row("w4a16"), row("bf16")), record(row("w4a16"), row("bf16"), gpu="NVIDIA H200")
+    for one, other, found in (("a", "a", {"w4a16", "bf16"}), ("a", "b", {"bf16"})):
+        source["provenance"]["commit"], target["provenance"]["commit"] = one, other
+        assert {r["impl"] for r in projection.check(source, target)} == found
+
+
 def test_published_figures_of_a_card():
     rows = published.throughput()
     assert {row["batch"]: row["value"] for row in rows if row["metric"] == "decode_tok_s"} == {

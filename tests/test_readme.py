@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from adallm import evaluate, results
+from adallm import engines, evaluate, results
 from adallm.bench import _attention_summary, _linear_summary, attention, linear, rules, sm89, vllm_e2e
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
@@ -28,14 +28,14 @@ def test_the_table_is_that_of_the_record():
 def test_the_tables_of_kernels_are_those_of_the_records():
     rows = results.read(RESULTS / "linear" / "h100-80gb-hbm3.json")["rows"]
     steps = results.read(RESULTS / "attention" / "h100-80gb-hbm3.json")["rows"]
-    engines = results.read(RESULTS / "vllm_e2e" / "h200.json")["rows"]
+    end_to_end = results.read(RESULTS / "vllm_e2e" / "h100-80gb-hbm3.json")["rows"]
     for name, table in (
         ("linear times", _linear_summary.times_table(rows, "Qwen3-8B.gate_up", markdown=True)),
         ("linear groups", _linear_summary.groups_table(linear.summary(rows)["groups"], markdown=True)),
         ("attention times", _attention_summary.times_table(steps, "32/8/128", 16, markdown=True)),
         ("attention groups", _attention_summary.groups_table(attention.summary(steps)["groups"], markdown=True)),
         ("rules", rules.report(results.read(RESULTS / "rules" / "cpu.json")["rows"], markdown=True)),
-        ("vllm", vllm_e2e.report([row for row in engines if not row["metric"].endswith("_ms")], markdown=True)),
+        ("vllm", vllm_e2e.report([row for row in end_to_end if not row["metric"].endswith("_ms")], markdown=True)),
     ):
         assert README.partition(f"<!-- {name} -->\n")[2].partition(f"<!-- end {name} -->")[0].strip() == table
 
@@ -59,27 +59,35 @@ def test_what_is_said_of_the_projection_is_in_the_record():
         assert f"to {len(known)} of {of_what} {error[0]}" in said
 
 
-def test_what_is_said_of_vllm_on_an_h100_is_in_the_record():
-    rows = results.read(RESULTS / "vllm_e2e" / "h100-80gb-hbm3.json")["rows"]
-    of = {(case["metric"], case["batch"]): case for case in vllm_e2e.summary(rows)}
-    one, prefill, said = of["decode_tok_s", 1], of["prefill_tok_s", 8], " ".join(README.split())
-    assert (one["ours"], one["stock"]) == ("adallm-auto-lm-head", "stock-humming-triton")
-    assert f"made {one['value']:.0f} tokens a second, {one['vs_bf16']:.2f} times BF16 and {one['vs_stock']:.2f}" in said
-    assert f"prefill {prefill['vs_bf16']:.2f} and {prefill['vs_stock']:.2f} times" in said
-    others = ", ".join(f"{of['decode_tok_s', batch]['vs_stock']:.2f}" for batch in (2, 4, 8, 16, 64))
-    assert f"decode with 2 to 64 sequences was {others} times that stock" in said
+def test_what_is_said_of_vllm_on_an_h200_is_in_the_record():
+    record = results.read(RESULTS / "vllm_e2e" / "h200.json")
+    of, said = engines.values(record), " ".join(README.split())
+    attention = ("flashinfer", "triton")
+    marlin, humming = ([f"stock-{kind}-{name}" for name in attention] for kind in ("marlin", "humming"))
+    starts = [min(of["start_s", None][impl] for impl in impls) for impls in (marlin, humming)]
+    assert f"in {starts[0]:.0f} s to {starts[1]:.0f} s" in said
+    for (metric, _), values in of.items():
+        if metric.endswith("_tok_s"):
+            assert max(values[impl] for impl in marlin) < max(values[impl] for impl in humming)
+    over = {key: values["adallm-w4a8"] / values["adallm-w4a16"] for key, values in of.items()}
+    assert f"read prompts {over['prefill_tok_s', 8]:.2f} times as fast" in said
+    assert f"decoded one sequence {over['decode_tok_s', 1]:.2f} times as fast" in said
 
 
 def test_what_is_said_of_latencies_is_in_the_record():
-    rows = results.read(RESULTS / "vllm_e2e" / "h200.json")["rows"]
-    of = {case["metric"]: case for case in vllm_e2e.summary(rows) if case["batch"] == 16}
-    metrics = ("itl_p50_ms", "itl_p99_ms", "ttft_p50_ms")
-    ours = [of[metric]["value"] for metric in metrics]
-    stock = [of[metric]["value"] * of[metric]["vs_stock"] for metric in metrics]
+    record = results.read(RESULTS / "vllm_e2e" / "h100-80gb-hbm3.json")
+    of = {(case["metric"], case["batch"]): case for case in vllm_e2e.summary(record["rows"])}
+    keys = [(metric, 16) for metric in ("itl_p50_ms", "itl_p99_ms", "ttft_p50_ms")] + [("itl_p99_ms", 64)]
+    ours = [of[key]["value"] for key in keys]
+    stock = [of[key]["value"] * of[key]["vs_stock"] for key in keys]
     said = " ".join(README.split())
     assert f"time between tokens was {ours[0]:.1f} ms (best of stock: {stock[0]:.1f} ms)" in said
     assert f"the 99th percentile {ours[1]:.0f} ms ({stock[1]:.0f} ms)" in said
     assert f"time to the first token {ours[2]:.0f} ms ({stock[2]:.0f} ms)" in said
+    assert {of[key]["ours"] for key in keys[1:3]} == {"adallm-auto-lm-head-graphs"}
+    without = [engines.values(record)[key]["adallm-auto-lm-head"] for key in keys]
+    assert f"without, they were {without[1]:.0f} and {without[2]:.0f} ms" in said
+    assert f"the 99th percentile between tokens was {ours[3]:.0f} ms, stock's {stock[3]:.0f} ms" in said
 
 
 def test_what_is_said_of_quantizing_a_model_is_in_the_record():

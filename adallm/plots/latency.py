@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import matplotlib
+from matplotlib.ticker import LogLocator
 
 from adallm.plots.engines import names, order, where
 from adallm.plots.style import COLORS, GREY, STYLE, new_figure, source_of, write_source
@@ -37,7 +38,9 @@ def latencies(record: Mapping[str, Any]) -> Any:
                 names(axes, impls)
                 axes.margins(y=0.12 if len(impls) > 3 else 0.25)
                 axes.set_xscale("log")
+                axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
                 axes.xaxis.set_major_formatter("{x:,g}")
+                axes.minorticks_off()
                 axes.set_title(f"{title}, {load} requests at any time")
         for axes in panels[-1]:
             axes.set_xlabel("ms")
