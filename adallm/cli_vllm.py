@@ -40,7 +40,8 @@ def add_serve(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "serve",
         help="serve a model with vLLM, our kernels in it",
-        description="Become `vllm serve MODEL`: the OpenAI-compatible server, with our kernels for NVFP4 layers.",
+        description="Become `vllm serve MODEL`: the OpenAI-compatible server, with our kernels for NVFP4 layers. On "
+        "GPUs that these are for, steps of up to 2,048 tokens get CUDA graphs, unless an option is about graphs.",
         usage="adallm serve MODEL [OPTION ...]",
         allow_abbrev=False,
     )

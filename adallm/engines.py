@@ -21,6 +21,8 @@ CACHES: dict[str, tuple[str, tuple[str, ...]]] = {
     "adallm-w4a16-bf16kv": ("AdaLLM W4A16", ("adallm-w4a16",)),
     "adallm-w4a8-bf16kv": ("AdaLLM W4A8", ("adallm-w4a8",)),
 }
+# An implementation with this behind its name is the same with CUDA graphs for steps of more tokens.
+GRAPHS = "-graphs"
 
 
 def records(*, root: Path | None = None, model: str = MODEL) -> list[dict[str, Any]]:
@@ -31,10 +33,6 @@ def records(*, root: Path | None = None, model: str = MODEL) -> list[dict[str, A
         if layers:
             found.append(results.select(record, model=(model,), layers=(max(layers),)))
     return found
-
-
-# An implementation with this behind its name is the same with CUDA graphs for steps of more tokens.
-GRAPHS = "-graphs"
 
 
 def widest(

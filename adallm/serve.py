@@ -19,7 +19,7 @@ import torch
 
 from adallm import vllm_plugin
 from adallm.paged import HEAD_SIZES, MAX_GQA
-from adallm.vllm_plugin.compat import FIRST, FP8, GRAPHS, LAST
+from adallm.vllm_plugin.compat import FIRST, FP8, GRAPH_SIZES, LAST
 
 _SHUTDOWN_SECONDS = 30  # for requests in progress when the server is asked to end
 # With one of these, or one that begins so, vLLM makes no graphs, or makes them for sizes given or found otherwise.
@@ -65,7 +65,7 @@ def options(
     ours = capability is not None and FIRST <= capability <= LAST
     told = _ABOUT_GRAPHS.intersection(names) or any(name.startswith(_ABOUT_GRAPHS_PREFIXES) for name in names)
     if ours and graphs and not told:
-        added += ["--cudagraph-capture-sizes", *(str(size) for size in GRAPHS)]
+        added += ["--cudagraph-capture-sizes", *(str(size) for size in GRAPH_SIZES)]
     return [*given, *added]
 
 

@@ -65,7 +65,7 @@ def test_what_is_said_of_vllm_on_an_h200_is_in_the_record():
     attention = ("flashinfer", "triton")
     marlin, humming = ([f"stock-{kind}-{name}" for name in attention] for kind in ("marlin", "humming"))
     starts = [min(of["start_s", None][impl] for impl in impls) for impls in (marlin, humming)]
-    assert f"in {starts[0]:.0f} s to {starts[1]:.0f} s" in said
+    assert f"in {starts[0]:.0f} s in place of {starts[1]:.0f} s" in said
     for (metric, _), values in of.items():
         if metric.endswith("_tok_s"):
             assert max(values[impl] for impl in marlin) < max(values[impl] for impl in humming)

@@ -68,7 +68,7 @@ def options(model, given, *, kv_cache_dtype=None, decode_kernel=True, graphs=Fal
 )
 def test_graphs(capability, given, added):
     found = options("a/name", given, kv_cache_dtype="auto", graphs=True, capability=capability)
-    sizes = ["--cudagraph-capture-sizes", *map(str, compat.GRAPHS)]
+    sizes = ["--cudagraph-capture-sizes", *map(str, compat.GRAPH_SIZES)]
     assert found == [*given, *(sizes if added else [])]
 
 
@@ -79,9 +79,10 @@ def test_graphs_are_of_vllms_own_sizes_and_more():
 
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
     parsed = parser.parse_args(options("a/name", ["--seed", "1"], graphs=True, capability=AMPERE))
-    assert parsed.cudagraph_capture_sizes == list(compat.GRAPHS)
-    assert {1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)} < set(compat.GRAPHS)
-    assert max(compat.GRAPHS) == 2048
+    assert parsed.cudagraph_capture_sizes == list(compat.GRAPH_SIZES)
+    assert {1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)} < set(compat.GRAPH_SIZES)
+    assert list(compat.GRAPH_SIZES) == sorted(set(compat.GRAPH_SIZES))
+    assert compat.GRAPH_SIZES[-1] == 2048
 
 
 def test_a_model_that_the_decode_kernel_does_not_take(tmp_path):

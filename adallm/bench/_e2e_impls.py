@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from adallm.vllm_plugin.compat import GRAPHS
+from adallm.vllm_plugin.compat import GRAPH_SIZES
 
 MAX_LEN = 8448  # tokens of a sequence: the longest prompt, 8192, and what is generated
 
@@ -62,7 +62,7 @@ def _with(attention: str | None, impl: Impl) -> Impl:
 
 
 def _graphs(impl: Impl) -> Impl:
-    return replace(impl, options={**impl.options, "cudagraph_capture_sizes": list(GRAPHS)})
+    return replace(impl, options={**impl.options, "cudagraph_capture_sizes": list(GRAPH_SIZES)})
 
 
 _BF16 = Impl(False, expected={"quantization": "None", "linear": "Unquantized", "head": "Unquantized"})

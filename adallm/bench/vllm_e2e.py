@@ -44,7 +44,7 @@ from adallm.bench._e2e_summary import METRICS, named, report, summary
 from adallm.bench._e2e_worker import SEED, Measure
 from adallm.bench._timing import WARM_UP, median_and_spread
 
-__all__ = ["BATCHES", "IMPLS", "METRICS", "main", "report", "summary"]
+__all__ = ["BATCHES", "IMPLS", "METRICS", "main", "named", "report", "summary"]
 
 BATCHES = (1, 2, 4, 8, 16, 64)
 AT_START = ("start_s", "weights_gib")  # known when the engine is

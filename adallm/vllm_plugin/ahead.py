@@ -310,13 +310,13 @@ def main() -> int:
     from triton.runtime import driver
 
     driver.set_active(_Driver(job.capability))
-    todo = list(launches(job))
-    processes = min(PROCESSES, len(os.sched_getaffinity(0)) // 2, len(todo))
+    waiting = list(launches(job))
+    processes = min(PROCESSES, len(os.sched_getaffinity(0)) // 2, len(waiting))
     context = multiprocessing.get_context("fork")
     queue = context.SimpleQueue()
-    for index in [*range(len(todo)), *[None] * processes]:
+    for index in [*range(len(waiting)), *[None] * processes]:
         queue.put(index)
-    workers = [context.Process(target=_work, args=(job, todo, queue)) for _ in range(processes)]
+    workers = [context.Process(target=_work, args=(job, waiting, queue)) for _ in range(processes)]
     for worker in workers:
         worker.start()
     threading.Thread(target=_end_with, args=(sys.stdin,), daemon=True).start()
@@ -325,14 +325,16 @@ def main() -> int:
     return 0
 
 
-def _work(job: Job, todo: list[Launch], queue: Any) -> None:
+def _work(job: Job, waiting: list[Launch], queue: Any) -> None:
     from adallm.sm89 import build
 
     for index in iter(queue.get, None):
         try:
-            build.warm_up(*todo[index], early=job.family == "sm_90")
+            build.warm_up(*waiting[index], early=job.family == "sm_90")
         except Exception as error:
-            print(f"adallm: {todo[index][0].__module__} was not compiled ahead: {error}", file=sys.stderr, flush=True)
+            print(
+                f"adallm: {waiting[index][0].__module__} was not compiled ahead: {error}", file=sys.stderr, flush=True
+            )
 
 
 if __name__ == "__main__":
