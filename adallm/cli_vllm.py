@@ -41,7 +41,7 @@ def add_serve(subparsers: Any) -> None:
         "serve",
         help="serve a model with vLLM, our kernels in it",
         description="Become `vllm serve MODEL`: the OpenAI-compatible server, with our kernels for NVFP4 layers. On "
-        "GPUs that these are for, steps of up to 2,048 tokens get CUDA graphs, unless an option is about graphs.",
+        "GPUs that these are for, steps of up to 4,096 tokens get CUDA graphs, unless an option is about graphs.",
         usage="adallm serve MODEL [OPTION ...]",
         allow_abbrev=False,
     )

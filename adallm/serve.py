@@ -2,7 +2,7 @@
 
 Both take every option of ``vllm serve``. What is added where it is not given: an FP8 KV cache where the GPU has FP8
 cores, and with it the attention backend ``CUSTOM``, which has our decode kernel; to the server CUDA graphs for steps of
-up to 2,048 tokens too, and 30 seconds for requests in progress, when it is asked to end.
+up to 4,096 tokens too, and 30 seconds for requests in progress, when it is asked to end.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def options(
         given: options that are vLLM's.
         kv_cache_dtype: None for our choice.
         decode_kernel: whether an FP8 cache is read by our kernel.
-        graphs: whether steps of up to 2,048 tokens get CUDA graphs, unless an option that is given is about them.
+        graphs: whether steps of up to 4,096 tokens get CUDA graphs, unless an option that is given is about them.
         capability: as the function says.
     """
     suits = capability is not None and FP8 <= capability <= LAST

@@ -90,7 +90,7 @@ def test_vllm_is_not_imported_with_it():
 def test_implementations():
     others = {"bf16", "stock-humming-bf16kv", "adallm-w4a16-bf16kv", "adallm-w4a8-bf16kv"}
     assert IMPLS.keys() == {*OURS, *STOCK, *others, "bf16-fp8kv"}
-    assert (len(OURS), len(STOCK)) == (5, 5)
+    assert (len(OURS), len(STOCK)) == (6, 6)
     for name in (*OURS, *STOCK):
         plain, graphs = (_e2e_impls.options(IMPLS[of]) for of in (name.removesuffix("-graphs"), name))
         more = {"cudagraph_capture_sizes": list(compat.GRAPH_SIZES)} if name.endswith("-graphs") else {}
@@ -209,7 +209,7 @@ def test_every_case_is_measured_and_recorded(tmp_path, capsys):
     assert ["quantization_config" in start[2] for start in starts] == [impl.quantized for impl in IMPLS.values()]
     assert fake.environments["bf16"]["ADALLM_DISABLE"] == "1"
     rows = record(tmp_path)["rows"]
-    assert len(rows) == 15 * (5 + 6 + 12)
+    assert len(rows) == 17 * (5 + 6 + 12)
     assert [(row["metric"], row["batch"]) for row in rows[:11]] == [
         ("start_s", None), ("weights_gib", None), ("prefill_tok_s", 8), ("decode_tok_s", 1), ("decode_tok_s", 2),
         ("decode_tok_s", 4), ("decode_tok_s", 8), ("decode_tok_s", 16), ("decode_tok_s", 64), ("long_tok_s", 1),
@@ -226,7 +226,7 @@ def test_every_case_is_measured_and_recorded(tmp_path, capsys):
     }  # fmt: skip
     assert record(tmp_path)["absent"] == []
     out = capsys.readouterr().out
-    assert out.startswith("345 cases to measure on H100, 0 in the record already\nbf16: starting\nbf16 start: 12.5 s\n")
+    assert out.startswith("391 cases to measure on H100, 0 in the record already\nbf16: starting\nbf16 start: 12.5 s\n")
     assert "bf16 decode x1: 100 tok/s" in out
 
 
