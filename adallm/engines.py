@@ -58,15 +58,6 @@ def widest(
     return best if best is not None and count(best) else None
 
 
-def beside(
-    known: Sequence[Mapping[str, Any]], record: Mapping[str, Any] | None, *, metric: str
-) -> Mapping[str, Any] | None:
-    """The record with the most implementations that another has not, by ``widest``; None where it has all of them."""
-    of = {row["impl"] for other in known for row in other["rows"]}
-    mine = {row["impl"] for row in record["rows"] if row["metric"] == metric} if record else set()
-    return widest([other for other in known if other is not record], metric=metric, impls=sorted(of - mine))
-
-
 def card(record: Mapping[str, Any]) -> str:
     """``"H200"``."""
     return (record["provenance"]["gpu"] or "CPU").removeprefix("NVIDIA ").partition(" ")[0]

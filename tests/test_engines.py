@@ -43,18 +43,6 @@ def test_the_widest_has_the_most_implementations_with_the_metric():
     assert engines.widest([*known, other], metric="decode_tok_s", impls=("adallm-auto",), first="H100") is many
 
 
-def test_beside_is_the_record_with_what_another_lacks():
-    one = record(row("bf16"), row("adallm-auto"))
-    two = record(row("bf16"), row("adallm-w4a8"), row("adallm-w4a16"))
-    three = record(row("bf16"), row("adallm-w4a8"), row("adallm-auto"), row("bf16", "itl_p99_ms"), date="2026-02-01")
-    known = [one, two, three]
-    assert engines.beside(known, one, metric="decode_tok_s") is two
-    assert engines.beside(known, three, metric="decode_tok_s") is two
-    assert engines.beside([one, three], three, metric="decode_tok_s") is None
-    assert engines.beside(known, one, metric="itl_p99_ms") is three
-    assert engines.beside([], None, metric="decode_tok_s") is None
-
-
 @pytest.mark.parametrize(("gpu", "name"), [("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H200", "H200"), (None, "CPU")])
 def test_card(gpu, name):
     assert engines.card(record(gpu=gpu)) == name

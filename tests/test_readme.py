@@ -1,10 +1,12 @@
 """``README.md``: its commands, its paths and its numbers."""
 
 import re
+import statistics
 from pathlib import Path
 
 from adallm import engines, evaluate, results
 from adallm.bench import _attention_summary, _linear_summary, attention, linear, rules, sm89, vllm_e2e
+from adallm.vllm_plugin import compat
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
 RESULTS = Path(__file__).resolve().parent.parent / "results"
@@ -59,19 +61,19 @@ def test_what_is_said_of_the_projection_is_in_the_record():
         assert f"to {len(known)} of {of_what} {error[0]}" in said
 
 
-def test_what_is_said_of_vllm_on_an_h200_is_in_the_record():
-    record = results.read(RESULTS / "vllm_e2e" / "h200.json")
+def test_what_is_said_of_vllm_is_in_the_record():
+    record = results.read(RESULTS / "vllm_e2e" / "h100-80gb-hbm3.json")
     of, said = engines.values(record), " ".join(README.split())
-    attention = ("flashinfer", "triton")
-    marlin, humming = ([f"stock-{kind}-{name}" for name in attention] for kind in ("marlin", "humming"))
-    starts = [min(of["start_s", None][impl] for impl in impls) for impls in (marlin, humming)]
-    assert f"in {starts[0]:.0f} s in place of {starts[1]:.0f} s" in said
-    for (metric, _), values in of.items():
-        if metric.endswith("_tok_s"):
-            assert max(values[impl] for impl in marlin) < max(values[impl] for impl in humming)
     over = {key: values["adallm-w4a8"] / values["adallm-w4a16"] for key, values in of.items()}
     assert f"read prompts {over['prefill_tok_s', 8]:.2f} times as fast" in said
     assert f"decoded one sequence {over['decode_tok_s', 1]:.2f} times as fast" in said
+    timed = [row for row in record["rows"] if row["metric"].endswith("_tok_s")]
+    assert {row["repeats"] for row in timed} == {5}
+    parts = [row["spread"] / row["value"] for row in timed]
+    assert f"is {statistics.median(parts):.1%} of it in the median and {max(parts):.0%} at most" in said
+    assert {row["card"] for row in record["rows"]} == {"0", "1", "2", "3"}
+    assert "H100s with vLLM 0.26, four at a time" in said
+    assert f"for steps of up to {compat.GRAPH_SIZES[-1]:,} tokens" in said
 
 
 def test_what_is_said_of_latencies_is_in_the_record():
@@ -84,10 +86,15 @@ def test_what_is_said_of_latencies_is_in_the_record():
     assert f"time between tokens was {ours[0]:.1f} ms (best of stock: {stock[0]:.1f} ms)" in said
     assert f"the 99th percentile {ours[1]:.0f} ms ({stock[1]:.0f} ms)" in said
     assert f"time to the first token {ours[2]:.0f} ms ({stock[2]:.0f} ms)" in said
-    assert {of[key]["ours"] for key in keys[1:3]} == {"adallm-auto-lm-head-graphs"}
-    without = [engines.values(record)[key]["adallm-auto-lm-head"] for key in keys]
+    assert {of[key]["ours"] for key in keys[1:]} == {"adallm-auto-lm-head-graphs"}
+    assert not any(of[key]["stock"].endswith(engines.GRAPHS) for key in keys)
+    values = engines.values(record)
+    without = [values[key]["adallm-auto-lm-head"] for key in keys]
     assert f"without, they were {without[1]:.0f} and {without[2]:.0f} ms" in said
     assert f"the 99th percentile between tokens was {ours[3]:.0f} ms, stock's {stock[3]:.0f} ms" in said
+    median = values["itl_p50_ms", 64]
+    graphs, plain = (median[f"adallm-auto-lm-head{behind}"] for behind in (engines.GRAPHS, ""))
+    assert f"the median {graphs:.1f} ms with `-graphs` and {plain:.1f} ms without" in said
 
 
 def test_what_is_said_of_quantizing_a_model_is_in_the_record():
