@@ -2,7 +2,7 @@
 
 A line of JSON on standard input is answered by one on standard output, where nothing else is written. The request has
 ``model``, a directory, ``prompts``, ``new``, the tokens generated behind each, and ``options`` of ``vllm.LLM``. The
-answer has ``texts``, ``tok_s``, new tokens a second of a second call, and ``path``; or ``error`` alone.
+answer has ``texts``, ``tok_s``, new tokens a second of a call behind a first one, and ``path``; or ``error`` alone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def generate(request: Mapping[str, Any]) -> dict[str, Any]:
     llm = vllm.LLM(request["model"], worker_extension_cls=EXTENSION, **request["options"])
     params = vllm.SamplingParams(temperature=0, max_tokens=request["new"], ignore_eos=True)
     prompts = list(request["prompts"])
-    llm.generate(prompts, params, use_tqdm=False)
+    llm.generate(prompts, vllm.SamplingParams(temperature=0, max_tokens=1, ignore_eos=True), use_tqdm=False)  # warm-up
     begin = time.perf_counter()
     outputs = llm.generate(prompts, params, use_tqdm=False)
     seconds = time.perf_counter() - begin
