@@ -5,7 +5,7 @@ import statistics
 from pathlib import Path
 
 from adallm import engines, evaluate, results
-from adallm.bench import _attention_summary, _linear_summary, attention, linear, rules, sm89, vllm_e2e
+from adallm.bench import _attention_summary, _e2e_impls, _linear_summary, attention, linear, rules, sm89, vllm_e2e
 from adallm.vllm_plugin import compat
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
@@ -67,6 +67,10 @@ def test_what_is_said_of_vllm_is_in_the_record():
     over = {key: values["adallm-w4a8"] / values["adallm-w4a16"] for key, values in of.items()}
     assert f"read prompts {over['prefill_tok_s', 8]:.2f} times as fast" in said
     assert f"decoded one sequence {over['decode_tok_s', 1]:.2f} times as fast" in said
+    best = max(of["prefill_tok_s", 8][impl] for impl in _e2e_impls.STOCK)
+    assert f"read prompts {of['prefill_tok_s', 8]['adallm-auto'] / best:.2f} times as fast as the best of stock" in said
+    assert "`adallm-auto-graphs`, which has no row yet" in said
+    assert "adallm-auto-graphs" not in {row["impl"] for row in record["rows"]}
     timed = [row for row in record["rows"] if row["metric"].endswith("_tok_s")]
     assert {row["repeats"] for row in timed} == {5}
     parts = [row["spread"] / row["value"] for row in timed]
@@ -93,8 +97,11 @@ def test_what_is_said_of_latencies_is_in_the_record():
     assert f"without, they were {without[1]:.0f} and {without[2]:.0f} ms" in said
     assert f"the 99th percentile between tokens was {ours[3]:.0f} ms, stock's {stock[3]:.0f} ms" in said
     median = values["itl_p50_ms", 64]
+    least = min(median[impl] for impl in _e2e_impls.STOCK)
     graphs, plain = (median[f"adallm-auto-lm-head{behind}"] for behind in (engines.GRAPHS, ""))
-    assert f"the median {graphs:.1f} ms with `-graphs` and {plain:.1f} ms without" in said
+    assert (
+        f"the median {graphs:.1f} ms with `-graphs` and {plain:.1f} ms without (stock's best: {least:.1f} ms)" in said
+    )
 
 
 def test_what_is_said_of_quantizing_a_model_is_in_the_record():

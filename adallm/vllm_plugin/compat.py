@@ -9,10 +9,8 @@ FIRST, FP8, LAST = (8, 0), (8, 9), (9, 0)
 
 # Tokens of the steps that CUDA graphs are made for: vLLM's own choice, which ends at 512, and on to steps of a few
 # prompts, which the host may take longer to launch than the GPU to compute.
-GRAPH_SIZES = (
-    *(1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)),
-    *(*range(576, 1025, 64), *range(1152, 2049, 128), *range(2304, 4097, 256)),
-)
+_VLLMS_SIZES = (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16))
+GRAPH_SIZES = (*_VLLMS_SIZES, *range(576, 1025, 64), *range(1152, 2049, 128), *range(2304, 4097, 256))
 
 
 def capability() -> tuple[int, int] | None:
